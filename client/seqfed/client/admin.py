@@ -1,0 +1,106 @@
+"""The operator's half of the Admin service: each function is one call, in the records of `views`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from seqfed.client.channel import ANSWER_S, connected, raising
+from seqfed.common import checkpoint, views, wire
+from seqfed.common.errors import BrokenTransfer, CheckpointError
+from seqfed.common.spec import RunSpec
+from seqfed.common.transfer import CHUNK_BYTES
+from seqfed.v1 import admin_pb2
+from seqfed.v1.admin_pb2_grpc import AdminStub
+from seqfed.v1.federation_pb2 import Chunk
+
+
+class Operator:
+    """The calls over one channel. Every method raises the typed error of `channel.raising`."""
+
+    def __init__(self, channel: grpc.aio.Channel, address: str) -> None:
+        self._stub = AdminStub(channel)
+        self._health: Any = health_pb2_grpc.HealthStub(channel)  # its stub declares no methods
+        self._address = address
+
+    async def submit(self, spec: RunSpec, initial: Path | None) -> views.RunView:
+        """Queue a run, from its seed or from this safetensors file."""
+        header = admin_pb2.SubmitHeader(spec=spec.canonical())
+        if initial is not None:
+            header.checkpoint_sha256, header.checkpoint_bytes = _digest(initial)
+
+        async def parts() -> AsyncIterator[admin_pb2.SubmitRequest]:
+            yield admin_pb2.SubmitRequest(header=header)
+            if initial is not None:
+                offset = 0
+                with initial.open("rb") as file:
+                    while data := file.read(CHUNK_BYTES):
+                        yield admin_pb2.SubmitRequest(chunk=Chunk(offset=offset, data=data))
+                        offset += len(data)
+
+        with raising(self._address):
+            reply = await self._stub.Submit(parts())
+        return wire.run_from_wire(reply.run)
+
+    async def runs(self) -> list[views.RunView]:
+        """All runs, oldest first."""
+        with raising(self._address):
+            reply = await self._stub.ListRuns(admin_pb2.ListRunsRequest(), timeout=ANSWER_S)
+        return [wire.run_from_wire(message) for message in reply.runs]
+
+    async def watch(self, run: str, after: int = 0) -> AsyncIterator[views.RunView]:
+        """The run at once and after every change, each with the rounds finished since the last; ends with the run."""
+        request = admin_pb2.WatchRunRequest(run=run, after_round=after)
+        with raising(self._address):
+            async for message in self._stub.WatchRun(request):
+                yield wire.run_from_wire(message)
+
+    async def stop(self, run: str) -> views.RunView:
+        """End a run."""
+        with raising(self._address):
+            return wire.run_from_wire(await self._stub.StopRun(admin_pb2.StopRunRequest(run=run), timeout=ANSWER_S))
+
+    async def clients(self) -> list[views.ClientView]:
+        """Every client that the server has seen."""
+        with raising(self._address):
+            reply = await self._stub.ListClients(admin_pb2.ListClientsRequest(), timeout=ANSWER_S)
+        return [wire.client_from_wire(message) for message in reply.clients]
+
+    async def export(self, run: str, out: Path) -> int:
+        """Write the run's newest model to `out`, whole or not at all; its size in bytes."""
+        size = 0
+        with checkpoint.replacing(out) as file, raising(self._address):
+            async for chunk in self._stub.ExportModel(admin_pb2.ExportModelRequest(run=run)):
+                if chunk.offset != size:
+                    raise BrokenTransfer(f"byte {chunk.offset:,} of the model came where byte {size:,} was next")
+                file.write(chunk.data)
+                size += len(chunk.data)
+        return size
+
+    async def healthy(self) -> bool:
+        """Whether the server says that it serves."""
+        with raising(self._address):
+            reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=ANSWER_S)
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+@contextlib.asynccontextmanager
+async def operating(address: str, insecure: bool) -> AsyncIterator[Operator]:
+    """An operator of the server at HOST:PORT."""
+    async with connected(address, insecure) as channel:
+        yield Operator(channel, address)
+
+
+def _digest(path: Path) -> tuple[bytes, int]:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+            return digest, file.tell()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error

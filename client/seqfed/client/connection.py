@@ -1,0 +1,87 @@
+"""The client's half of the Federation service: each method is one call, in the records of `views`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+
+import seqfed.client
+from seqfed.client.channel import ANSWER_S, raising
+from seqfed.common import views, wire
+from seqfed.common.errors import SeqfedError
+from seqfed.common.schema import DataSchema
+from seqfed.common.transfer import Reassembly, split
+from seqfed.v1 import federation_pb2
+from seqfed.v1.federation_pb2_grpc import FederationStub
+
+
+class Connection:
+    """One joined session over one channel. Every method raises the typed error of `channel.raising`."""
+
+    def __init__(self, channel: grpc.aio.Channel, address: str) -> None:
+        self._stub = FederationStub(channel)
+        self._address = address
+        self._metadata: tuple[tuple[str, str], ...] = ()
+
+    async def join(self, client: str, instance: str, schema: DataSchema) -> None:
+        """Say hello; every other method needs it."""
+        request = federation_pb2.JoinRequest(
+            protocol=wire.PROTOCOL,
+            client=client,
+            instance=instance,
+            software=seqfed.client.__version__,
+            data_schema=schema.model_dump_json().encode(),
+        )
+        with raising(self._address):
+            reply = await self._stub.Join(request, timeout=ANSWER_S)
+        self._metadata = ((wire.SESSION_METADATA, reply.session),)
+
+    async def listen(self) -> AsyncIterator[views.Task]:
+        """The server's tasks, until the stream ends."""
+        with raising(self._address):
+            async for message in self._stub.Listen(federation_pb2.ListenRequest(), metadata=self._metadata):
+                yield wire.task_from_wire(message)
+
+    async def fetch_model(self, run: str, version: int, into: Reassembly) -> None:
+        """The model's bytes from where `into` stands to their end, checked; at a break, `into` keeps what has come."""
+        request = federation_pb2.FetchModelRequest(run=run, version=version, offset=into.received)
+        with raising(self._address):
+            async for chunk in self._stub.FetchModel(request, metadata=self._metadata):
+                into.add(chunk.offset, chunk.data)
+        into.finish()
+
+    async def upload_status(self, key: views.TaskKey, sha256: bytes) -> tuple[int, bool]:
+        """(bytes that the server holds, whether the update is counted already)."""
+        request = federation_pb2.UploadStatusRequest(key=wire.key_to_wire(key), sha256=sha256)
+        with raising(self._address):
+            reply = await self._stub.UploadStatus(request, metadata=self._metadata, timeout=ANSWER_S)
+        return reply.received_bytes, reply.complete
+
+    async def submit_update(self, header: views.UpdateHeader, delta: memoryview) -> bool:
+        """Send the update from header.offset on; True if the server had counted it already."""
+
+        async def parts() -> AsyncIterator[federation_pb2.SubmitUpdateRequest]:
+            yield federation_pb2.SubmitUpdateRequest(header=wire.header_to_wire(header))
+            for offset, data in split(delta, header.offset):
+                chunk = federation_pb2.Chunk(offset=offset, data=data)
+                yield federation_pb2.SubmitUpdateRequest(chunk=chunk)
+
+        with raising(self._address):
+            reply = await self._stub.SubmitUpdate(parts(), metadata=self._metadata)
+        return reply.duplicate
+
+    async def submit_evaluation(self, key: views.TaskKey, version: int, tally: dict[str, int]) -> bool:
+        """Send the sums of an evaluation; True if the server had counted them already."""
+        request = federation_pb2.SubmitEvaluationRequest(key=wire.key_to_wire(key), version=version, tally=tally)
+        with raising(self._address):
+            reply = await self._stub.SubmitEvaluation(request, metadata=self._metadata, timeout=ANSWER_S)
+        return reply.duplicate
+
+    async def report_failure(self, key: views.TaskKey, error: SeqfedError) -> None:
+        """Tell the server that the task cannot be done."""
+        request = federation_pb2.ReportFailureRequest(
+            key=wire.key_to_wire(key), reason=type(error).__name__, message=str(error)
+        )
+        with raising(self._address):
+            await self._stub.ReportFailure(request, metadata=self._metadata, timeout=ANSWER_S)

@@ -1,0 +1,157 @@
+"""The operator's commands: submit, runs, watch, stop, clients, export, health."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from seqfed.client.admin import Operator
+
+T = TypeVar("T")
+
+Server = Annotated[str, typer.Option(envvar="SEQFED_SERVER", help="HOST:PORT of the server.")]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", envvar="SEQFED_INSECURE", help="Allow plaintext off the loopback interface.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+RunName = Annotated[str, typer.Argument(help="Its id, the beginning of it, or its name.", metavar="RUN")]
+
+LOCAL = "127.0.0.1:7733"
+
+
+def _on_server(server: str, insecure: bool, call: Callable[[Operator], Awaitable[T]]) -> T:
+    """The result of calls to the server; Ctrl-C ends with status 130 and no traceback."""
+    import asyncio
+
+    from seqfed.client.admin import operating
+
+    async def run() -> T:
+        async with operating(server, insecure) as operator:
+            return await call(operator)
+
+    try:
+        return asyncio.run(run())
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def submit(
+    config: Annotated[Path, typer.Argument(help="run.toml", metavar="RUN.TOML")],
+    initial: Annotated[
+        Path | None, typer.Option(help="Start from this safetensors checkpoint instead of the run's seed.")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Watch the run until it ends; status 1 unless it finished.")
+    ] = False,
+    server: Server = LOCAL,
+    insecure: Insecure = False,
+    as_json: Json = False,
+) -> None:
+    """Queue a run described by a TOML file. It starts when its turn has come and its clients are there."""
+    import json
+
+    from seqfed.client.shown import run_dict
+    from seqfed.client.watching import follow
+    from seqfed.common.config import load_toml
+    from seqfed.common.spec import RunSpec
+
+    spec = load_toml(RunSpec, config)
+
+    async def call(operator: Operator) -> bool:
+        view = await operator.submit(spec, initial)
+        if not wait:
+            print(
+                json.dumps(run_dict(view)) if as_json else f"run {view.run} ({view.name}): {view.phase}: {view.reason}"
+            )
+            return True
+        last = await follow(operator, view.run, as_json=as_json)
+        return last.phase == "finished"
+
+    if not _on_server(server, insecure, call):
+        raise typer.Exit(1)
+
+
+def runs(server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
+    """List the server's runs, and in words what each one is waiting for."""
+    import json
+
+    from rich import print as rich_print
+
+    from seqfed.client.shown import run_dict, runs_table
+
+    found = _on_server(server, insecure, lambda operator: operator.runs())
+    if as_json:
+        print(json.dumps([run_dict(view) for view in found]))
+    else:
+        rich_print(runs_table(found) if found else "no runs yet; queue one with: seqfed submit run.toml")
+
+
+def watch(run: RunName, server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
+    """Follow a run live until it ends. Ctrl-C stops watching, not the run."""
+    from seqfed.client.watching import follow
+
+    last = _on_server(server, insecure, lambda operator: follow(operator, run, as_json=as_json))
+    if last.phase != "finished":
+        raise typer.Exit(1)
+
+
+def stop(run: RunName, server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
+    """End a run; the model of its last finished round stays."""
+    import json
+
+    from seqfed.client.shown import run_dict
+
+    view = _on_server(server, insecure, lambda operator: operator.stop(run))
+    print(json.dumps(run_dict(view)) if as_json else f"run {view.run} ({view.name}): {view.phase}: {view.reason}")
+
+
+def clients(server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
+    """List the clients that the server has seen, and what each is doing."""
+    import json
+
+    from rich import print as rich_print
+
+    from seqfed.client.shown import client_dict, clients_table
+
+    found = _on_server(server, insecure, lambda operator: operator.clients())
+    if as_json:
+        print(json.dumps([client_dict(view) for view in found]))
+    else:
+        rich_print(
+            clients_table(found) if found else "no client has been here; start one with: seqfed client --data FILE"
+        )
+
+
+def export(
+    run: RunName,
+    out: Annotated[Path, typer.Option(help="Where to write it.")] = Path("model.safetensors"),
+    server: Server = LOCAL,
+    insecure: Insecure = False,
+    as_json: Json = False,
+) -> None:
+    """Save a run's newest model as a safetensors file."""
+    import json
+
+    size = _on_server(server, insecure, lambda operator: operator.export(run, out))
+    print(json.dumps({"model": str(out), "bytes": size}) if as_json else f"{out}: {size:,} bytes")
+
+
+def health(server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
+    """Ask whether a server is there and serves; status 1 if not."""
+    import json
+
+    from seqfed.common.errors import ServerUnavailable
+
+    try:
+        serving, why = _on_server(server, insecure, lambda operator: operator.healthy()), ""
+    except ServerUnavailable as error:
+        serving, why = False, str(error)
+    print(
+        json.dumps({"server": server, "serving": serving}) if as_json else f"{server}: {'serving' if serving else why}"
+    )
+    if not serving:
+        raise typer.Exit(1)

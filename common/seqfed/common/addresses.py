@@ -1,0 +1,51 @@
+"""Host and port, and whether plaintext may be spoken there: only on the loopback interface, unless somebody insists."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Final
+
+from seqfed.common.errors import ConfigError, InsecureRefused
+
+DEFAULT_PORT: Final = 7733
+
+
+def parse(address: str) -> tuple[str, int]:
+    """'host', 'host:port' or '[v6]:port' as (host, port); raises ConfigError.
+
+    >>> parse("localhost"), parse("[::1]:80")
+    (('localhost', 7733), ('::1', 80))
+    """
+    host, separator, port = address.rpartition(":")
+    if not separator or (address.count(":") > 1 and not address.startswith("[")) or address.endswith("]"):
+        host, port = address, str(DEFAULT_PORT)
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or not 0 <= int(port) <= 65_535:
+        raise ConfigError(
+            f"'{address}' is not HOST:PORT with a port from 0 to 65535 (example: localhost:{DEFAULT_PORT})"
+        )
+    return host, int(port)
+
+
+def join(host: str, port: int) -> str:
+    """The address as gRPC wants it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what is said to this host stays on this machine, as far as its name tells."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def require_private(host: str, insecure: bool) -> None:
+    """Raise InsecureRefused if plaintext with this host would cross a network and nobody said that it may."""
+    if not insecure and not is_loopback(host):
+        raise InsecureRefused(
+            f"'{host}' is not a loopback address and the connection would be plaintext, readable and alterable on the way; "
+            "put it inside an encrypted tunnel or a private network, then pass --insecure"
+        )

@@ -1,0 +1,113 @@
+"""What crosses between the parts of a federation, as plain records: tasks for clients, and what operators are shown.
+
+The protobuf messages of the same content appear only in `wire`, in the server's servicers and in the client's connections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from seqfed.common.schema import DataSchema
+from seqfed.common.spec import RunSpec
+
+
+class TaskKind(Enum):
+    """What a client is asked for."""
+
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    CANCEL = "cancel"
+
+
+@dataclass(frozen=True)
+class TaskKey:
+    """Names one task of one client: with the client's own name, the key under which every call is idempotent."""
+
+    run: str
+    round: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """One committed global model: `version` rounds are folded into it."""
+
+    version: int
+    nbytes: int
+    sha256: bytes
+    layout_digest: bytes
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of work for one client."""
+
+    kind: TaskKind
+    key: TaskKey
+    spec: RunSpec
+    model: ModelVersion
+
+
+@dataclass(frozen=True)
+class UpdateHeader:
+    """What a client says of its update before it sends the bytes; units as in federation.proto."""
+
+    key: TaskKey
+    weight: int
+    layout_digest: bytes
+    nbytes: int
+    sha256: bytes
+    offset: int
+    tally: Mapping[str, int]
+    training_seconds: float
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One finished round. Seconds are wall time, bytes are payload messages; tallies as in `seqfed.common.metrics`."""
+
+    round: int
+    attempt: int
+    cohort: tuple[str, ...]
+    folded: tuple[str, ...]
+    training: Mapping[str, int] = field(default_factory=dict)
+    evaluation: Mapping[str, int] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    slowest_training_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as its operator sees it."""
+
+    run: str
+    name: str
+    phase: str
+    round: int
+    rounds: int
+    attempt: int
+    cohort: tuple[str, ...]
+    pending: tuple[str, ...]
+    reason: str
+    history: tuple[RoundRecord, ...]
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    spec: RunSpec
+    ended: bool
+
+
+@dataclass(frozen=True)
+class ClientView:
+    """A client as the operator sees it."""
+
+    client: str
+    connected: bool
+    seconds: float
+    task: str
+    schema: DataSchema
+    software: str

@@ -1,0 +1,176 @@
+"""Between the records of `views` and the protobuf messages of seqfed.v1; what comes in is checked here or by pydantic."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from seqfed.common import views
+from seqfed.common.config import validate_json
+from seqfed.common.errors import InvalidName
+from seqfed.common.schema import DataSchema
+from seqfed.common.spec import RunSpec
+from seqfed.v1 import admin_pb2, federation_pb2
+
+PROTOCOL: Final = 1  # version of the contract in protos/; raised when an old peer could misunderstand
+SESSION_METADATA: Final = "seqfed-session"
+ERROR_DOMAIN: Final = "seqfed"  # of google.rpc.ErrorInfo
+CLIENT_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+HEX: Final = re.compile(r"[0-9a-f]{16,32}")
+
+_KINDS: Final = {
+    views.TaskKind.TRAIN: federation_pb2.TASK_KIND_TRAIN,
+    views.TaskKind.EVALUATE: federation_pb2.TASK_KIND_EVALUATE,
+    views.TaskKind.CANCEL: federation_pb2.TASK_KIND_CANCEL,
+}
+_KINDS_BACK: Final = {number: kind for kind, number in _KINDS.items()}
+
+
+def check_client_name(name: str) -> str:
+    """The name itself; raises InvalidName. Names become parts of file names and log lines."""
+    if not CLIENT_NAME.fullmatch(name) or name.startswith("."):
+        raise InvalidName(f"client name {name[:80]!r}: use 1 to 64 of A-Z a-z 0-9 . _ - and no dot in front")
+    return name
+
+
+def key_to_wire(key: views.TaskKey) -> federation_pb2.TaskKey:
+    return federation_pb2.TaskKey(run=key.run, round=key.round, attempt=key.attempt)
+
+
+def key_from_wire(message: federation_pb2.TaskKey) -> views.TaskKey:
+    return views.TaskKey(message.run, message.round, message.attempt)
+
+
+def task_to_wire(task: views.Task) -> federation_pb2.Task:
+    model = federation_pb2.ModelVersion(
+        version=task.model.version,
+        bytes=task.model.nbytes,
+        sha256=task.model.sha256,
+        layout_digest=task.model.layout_digest,
+    )
+    return federation_pb2.Task(
+        kind=_KINDS[task.kind], key=key_to_wire(task.key), spec=task.spec.canonical(), model=model
+    )
+
+
+def task_from_wire(message: federation_pb2.Task) -> views.Task:
+    """Raises ConfigError for a specification that does not validate, KeyError for a kind from the future."""
+    model = message.model
+    return views.Task(
+        _KINDS_BACK[message.kind],
+        key_from_wire(message.key),
+        validate_json(RunSpec, message.spec, "the task's specification"),
+        views.ModelVersion(model.version, model.bytes, model.sha256, model.layout_digest),
+    )
+
+
+def header_to_wire(header: views.UpdateHeader) -> federation_pb2.UpdateHeader:
+    return federation_pb2.UpdateHeader(
+        key=key_to_wire(header.key),
+        weight=header.weight,
+        layout_digest=header.layout_digest,
+        bytes=header.nbytes,
+        sha256=header.sha256,
+        offset=header.offset,
+        tally=header.tally,
+        training_seconds=header.training_seconds,
+    )
+
+
+def header_from_wire(message: federation_pb2.UpdateHeader) -> views.UpdateHeader:
+    return views.UpdateHeader(
+        key=key_from_wire(message.key),
+        weight=message.weight,
+        layout_digest=message.layout_digest,
+        nbytes=message.bytes,
+        sha256=message.sha256,
+        offset=message.offset,
+        tally=dict(message.tally),
+        training_seconds=message.training_seconds,
+    )
+
+
+def record_to_wire(record: views.RoundRecord) -> admin_pb2.RoundRecord:
+    return admin_pb2.RoundRecord(
+        round=record.round,
+        attempt=record.attempt,
+        cohort=record.cohort,
+        folded=record.folded,
+        training=record.training,
+        evaluation=record.evaluation,
+        bytes_up=record.bytes_up,
+        bytes_down=record.bytes_down,
+        seconds=record.seconds,
+        slowest_training_seconds=record.slowest_training_seconds,
+    )
+
+
+def record_from_wire(message: admin_pb2.RoundRecord) -> views.RoundRecord:
+    return views.RoundRecord(
+        round=message.round,
+        attempt=message.attempt,
+        cohort=tuple(message.cohort),
+        folded=tuple(message.folded),
+        training=dict(message.training),
+        evaluation=dict(message.evaluation),
+        bytes_up=message.bytes_up,
+        bytes_down=message.bytes_down,
+        seconds=message.seconds,
+        slowest_training_seconds=message.slowest_training_seconds,
+    )
+
+
+def run_to_wire(view: views.RunView) -> admin_pb2.RunStatus:
+    return admin_pb2.RunStatus(
+        run=view.run,
+        name=view.name,
+        phase=view.phase,
+        round=view.round,
+        rounds=view.rounds,
+        attempt=view.attempt,
+        cohort=view.cohort,
+        pending=view.pending,
+        reason=view.reason,
+        history=[record_to_wire(record) for record in view.history],
+        bytes_up=view.bytes_up,
+        bytes_down=view.bytes_down,
+        seconds=view.seconds,
+        spec=view.spec.canonical(),
+        ended=view.ended,
+    )
+
+
+def run_from_wire(message: admin_pb2.RunStatus) -> views.RunView:
+    return views.RunView(
+        run=message.run,
+        name=message.name,
+        phase=message.phase,
+        round=message.round,
+        rounds=message.rounds,
+        attempt=message.attempt,
+        cohort=tuple(message.cohort),
+        pending=tuple(message.pending),
+        reason=message.reason,
+        history=tuple(record_from_wire(record) for record in message.history),
+        bytes_up=message.bytes_up,
+        bytes_down=message.bytes_down,
+        seconds=message.seconds,
+        spec=validate_json(RunSpec, message.spec, "the run's specification"),
+        ended=message.ended,
+    )
+
+
+def client_to_wire(view: views.ClientView) -> admin_pb2.ClientStatus:
+    return admin_pb2.ClientStatus(
+        client=view.client,
+        connected=view.connected,
+        seconds=view.seconds,
+        task=view.task,
+        data_schema=view.schema.model_dump_json().encode(),
+        software=view.software,
+    )
+
+
+def client_from_wire(message: admin_pb2.ClientStatus) -> views.ClientView:
+    schema = validate_json(DataSchema, message.data_schema, "a client's data schema")
+    return views.ClientView(message.client, message.connected, message.seconds, message.task, schema, message.software)

@@ -1,0 +1,1 @@
+"""The daemon: rounds, aggregation, store, services. It never loads torch."""

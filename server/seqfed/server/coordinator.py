@@ -1,0 +1,526 @@
+"""The coordinator: owns the clock, the store and the connections, and does what the round machine says.
+
+One task takes events from one queue: the machine's step is committed to the store, then the caller is answered, then the
+effects are performed. Everything here is that loop, the effects, and the questions that services ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from seqfed.common import checkpoint, views
+from seqfed.common.checkpoint import PIECE_BYTES, ModelFile
+from seqfed.common.errors import DuplicateUpdate, NoModel, RunEnded, SeqfedError, TooLarge, UnknownRun, WrongRound
+from seqfed.common.layout import Flat, Layout
+from seqfed.common.metrics import add
+from seqfed.common.model import initial_parameters, layout_of
+from seqfed.common.schema import DataSchema, misfit
+from seqfed.common.spec import RunSpec
+from seqfed.server import fedavg
+from seqfed.server import round as machine
+from seqfed.server.explain import explain
+from seqfed.server.hub import Connection, Hub
+from seqfed.server.intake import Intake
+from seqfed.server.round import ACTIVE, ENDED, Phase, Run
+from seqfed.server.settings import ServerSettings
+from seqfed.server.store import KnownClient, Store, StoredRun, UpdateRow
+
+log = logging.getLogger("seqfed.server")
+
+HISTORY_MESSAGE = 50  # finished rounds in one message to a watcher, well under gRPC's 4 MiB with 1,000 names in each
+
+
+@dataclass(eq=False)
+class Live:
+    """A run in memory: the committed state and what can be made anew from the store."""
+
+    run: str
+    spec: RunSpec
+    layout: Layout
+    state: Run
+    model: ModelFile
+    version: int
+    started: float | None  # seconds since the epoch
+    ended: float | None
+    bytes_up: int
+    bytes_down: int
+    updates: dict[str, UpdateRow]
+    sum: fedavg.WeightedSum | None = None
+    record: views.RoundRecord | None = None  # the round that is committed and not yet closed
+    mark: tuple[float, int, int] = (0.0, 0, 0)  # clock, bytes up, bytes down when the round began
+    deadline: asyncio.TimerHandle | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # replaced at every change
+
+    def tell(self) -> None:
+        """Wake everybody who watches this run."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+@dataclass(frozen=True)
+class _Item:
+    run: str
+    event: machine.Event
+    update: UpdateRow | None = None
+    answer: asyncio.Future[None] | None = None
+
+
+class Coordinator:
+    """All runs of the daemon; one of them has its turn at a time."""
+
+    def __init__(self, store: Store, settings: ServerSettings) -> None:
+        self._store = store
+        self._settings = settings
+        self.hub = Hub(settings.max_clients, self._client_changed)
+        self.intake = Intake(settings.uploads_in_flight)
+        self._runs: dict[str, Live] = {}
+        self._queue: asyncio.Queue[_Item | None] = asyncio.Queue()
+
+    # Life ---------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Take up what the store holds, then work until `close`."""
+        for stored in await asyncio.to_thread(self._store.runs):
+            live = self._runs[stored.run] = _revive(stored)
+            if live.state.phase not in ENDED:
+                log.info("run %s: taken up again at round %d", live.run, live.state.round)
+                self._post(live, machine.Restarted())
+        self._schedule()
+        while (item := await self._queue.get()) is not None:
+            await self._handle(self._runs[item.run], item)
+            self._schedule()
+
+    def close(self) -> None:
+        """Stop after the event in hand; runs stay as they are and are taken up by the next daemon."""
+        self.hub.close()
+        self._queue.put_nowait(None)
+
+    def _post(self, live: Live, event: machine.Event) -> None:
+        self._queue.put_nowait(_Item(live.run, event))
+
+    async def _ask(self, live: Live, event: machine.Event, update: UpdateRow | None = None) -> None:
+        """Post an event and wait until it is committed; raises the machine's or the store's refusal."""
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait(_Item(live.run, event, update, answer))
+        await answer
+
+    # The loop -----------------------------------------------------------------------------------------------------
+
+    async def _handle(self, live: Live, item: _Item) -> None:
+        try:
+            effects = await self._decide(live, item.event, update=item.update)
+        except Exception as error:
+            if item.answer is not None and not item.answer.done():
+                item.answer.set_exception(error)
+            elif isinstance(error, SeqfedError):
+                log.warning("run %s: %s came to nothing: %s", live.run, type(item.event).__name__, error)
+            else:
+                log.exception("run %s: %s", live.run, type(item.event).__name__)
+            return
+        if item.answer is not None and not item.answer.done():
+            item.answer.set_result(None)
+        try:
+            await self._perform(live, effects)
+        except Exception as error:  # whatever it is, it must end this run only, and say so
+            log.exception("run %s: round %d", live.run, live.state.round)
+            await self._break(live, str(error) if isinstance(error, SeqfedError) else "internal error; see the log")
+
+    async def _decide(
+        self, live: Live, event: machine.Event, *, update: UpdateRow | None = None, model: ModelFile | None = None
+    ) -> tuple[machine.Effect, ...]:
+        """The machine's step, committed with what the event brought; if that fails, nothing has changed."""
+        before = live.state
+        state, effects = machine.on(live.spec, before, event)
+        record = self._record(live, effects, model)
+        columns: dict[str, float | int] = {}
+        if before.phase is Phase.QUEUED and state.phase is not Phase.QUEUED:
+            columns["started"] = time.time()
+        if state.phase in ENDED:
+            columns["ended"] = time.time()
+        if record is not None or state.phase in ENDED:
+            columns |= {"bytes_up": live.bytes_up, "bytes_down": live.bytes_down}
+        if replace(state, present=before.present) != before or update is not None:
+            await asyncio.to_thread(
+                self._store.commit, live.run, state, update=update, model=model, record=record, **columns
+            )
+        live.state = state
+        live.started = columns.get("started", live.started)
+        live.ended = columns.get("ended", live.ended)
+        if update is not None:
+            live.updates[update.client] = update
+        if model is not None:
+            live.model, live.version = model, before.round
+            live.updates.clear()
+        if record is not None:
+            live.record = None if any(isinstance(one, machine.CloseRound) for one in effects) else record
+        if state.round != before.round:
+            live.mark = (time.monotonic(), live.bytes_up, live.bytes_down)
+        live.tell()
+        return effects
+
+    def _record(
+        self, live: Live, effects: Iterable[machine.Effect], model: ModelFile | None
+    ) -> views.RoundRecord | None:
+        """The round's record, to be written with this step: made with its model, completed at its close."""
+        clock, up, down = live.mark
+        record = live.record
+        if model is not None:
+            before = live.state
+            counted = [live.updates[name] for name in before.folded]
+            record = views.RoundRecord(
+                round=before.round,
+                attempt=before.attempt,
+                cohort=before.cohort,
+                folded=before.folded,
+                training=add(one.tally for one in counted),
+                slowest_training_seconds=max(one.training_seconds for one in counted),
+            )
+        closed = next((one for one in effects if isinstance(one, machine.CloseRound)), None)
+        if record is None or (model is None and closed is None):
+            return None
+        return replace(
+            record,
+            evaluation=dict(closed.evaluation) if closed is not None else {},
+            bytes_up=live.bytes_up - up,
+            bytes_down=live.bytes_down - down,
+            seconds=time.monotonic() - clock,
+        )
+
+    async def _perform(self, live: Live, effects: Iterable[machine.Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case machine.OpenSum():
+                    live.sum = await asyncio.to_thread(fedavg.empty, live.layout.size)
+                case machine.Fold(client):
+                    await asyncio.to_thread(self._fold, live, live.updates[client])
+                case machine.Ask(clients):
+                    for client in clients:
+                        self.hub.push(client, self._task(live, _ASKS[live.state.phase]))
+                case machine.Dismiss(clients):
+                    for client in clients:
+                        self.hub.push(client, self._task(live, views.TaskKind.CANCEL))
+                        self.hub.done(client)
+                case machine.StartDeadline(seconds):
+                    self._start_deadline(live, seconds)
+                case machine.CommitModel():
+                    await self._commit_model(live)
+                case machine.CloseRound(round_, _):
+                    self.intake.forget(live.run)
+                    await asyncio.to_thread(self._store.tidy, live.run, live.version, round_)
+                case machine.EndRun():
+                    self._ended(live)
+
+    def _start_deadline(self, live: Live, seconds: float) -> None:
+        if live.deadline is not None:
+            live.deadline.cancel()
+        event = machine.DeadlinePassed(live.state.round, live.state.attempt, live.state.phase)
+        live.deadline = asyncio.get_running_loop().call_later(seconds, self._post, live, event)
+
+    def _fold(self, live: Live, update: UpdateRow) -> None:
+        assert live.sum is not None
+        path = self._store.update_path(live.run, update.round, update.client)
+        fedavg.fold(live.sum, _weight(live.spec, update), _numbers(path))
+
+    async def _commit_model(self, live: Live) -> None:
+        model = await asyncio.to_thread(self._write_model, live)
+        live.sum = None
+        effects = await self._decide(live, machine.ModelCommitted(live.state.round), model=model)
+        await self._perform(live, effects)
+
+    def _write_model(self, live: Live) -> ModelFile:
+        assert live.sum is not None
+        old = (np.frombuffer(piece, "<f4") for piece in live.model.pieces())
+        metadata = {"run": live.run, "round": str(live.state.round), "spec": live.spec.canonical().decode()}
+        return checkpoint.write(
+            self._store.model_path(live.run, live.state.round), live.layout, fedavg.finish(live.sum, old), metadata
+        )
+
+    async def _break(self, live: Live, why: str) -> None:
+        """End the run because it cannot go on; if even that cannot be committed, in memory only."""
+        if live.state.phase in ENDED:
+            return
+        try:
+            await self._perform(live, await self._decide(live, machine.Broken(why)))
+        except SeqfedError as error:
+            log.error("run %s: its end could not be saved: %s", live.run, error)
+            live.state = replace(live.state, phase=Phase.FAILED, reason=why)
+            live.ended = time.time()
+            self._ended(live)
+
+    def _ended(self, live: Live) -> None:
+        if live.deadline is not None:
+            live.deadline.cancel()
+        live.sum = None
+        self.intake.forget(live.run)
+        log.info("run %s: %s: %s", live.run, live.state.phase.value, live.state.reason)
+        live.tell()
+
+    def _schedule(self) -> None:
+        """Give the turn to the oldest queued run that can begin, if nobody has it."""
+        if any(live.state.phase in ACTIVE for live in self._runs.values()) or not self._queue.empty():
+            return
+        for live in self._runs.values():
+            if live.state.phase is Phase.QUEUED:
+                fitting = self._fitting(live.spec)
+                if len(fitting) >= live.spec.cohort.required:
+                    self._post(live, machine.ClientsChanged(arrived=tuple(fitting)))
+                    self._post(live, machine.Turn())
+                    return
+
+    def _client_changed(self, arrived: str | None, left: str | None) -> None:
+        name = arrived or left or ""
+        log.info("client %s: %s", name, "connected" if arrived else "disconnected")
+        for live in self._runs.values():
+            if live.state.phase in ACTIVE:
+                if arrived is None:
+                    self._post(live, machine.ClientsChanged(left=(name,)))
+                elif name in self._fitting(live.spec):
+                    self._post(live, machine.ClientsChanged(arrived=(name,)))
+            if live.state.phase not in ENDED:
+                live.tell()
+        self._schedule()
+
+    def _fitting(self, spec: RunSpec) -> list[str]:
+        return [one.client for one in self.hub.connected() if misfit(spec.data, one.schema) is None]
+
+    def _task(self, live: Live, kind: views.TaskKind) -> views.Task:
+        key = views.TaskKey(live.run, live.state.round, live.state.attempt)
+        version = views.ModelVersion(live.version, live.layout.nbytes, live.model.sha256, live.layout.digest)
+        return views.Task(kind, key, live.spec, version)
+
+    # What clients say ---------------------------------------------------------------------------------------------
+
+    async def join(self, client: str, instance: str, software: str, schema: DataSchema) -> Connection:
+        """See `Hub.join`; what is known of the client is kept."""
+        now = time.time()
+        connection = self.hub.join(client, instance, software, schema, now)
+        await asyncio.to_thread(self._store.remember, KnownClient(client, instance, software, schema, now))
+        return connection
+
+    def model_file(self, run: str, version: int) -> tuple[Live, ModelFile]:
+        """The run's current model, if that is the version asked for."""
+        live = self._live(run)
+        if version != live.version:
+            raise NoModel(f"model version {version} of run {run} is not served; the current one is {live.version}")
+        return live, live.model
+
+    def counted(self, client: str, key: views.TaskKey, sha256: bytes) -> bool:
+        """Whether exactly this update is counted already; raises WrongRound, RunEnded, DuplicateUpdate, UnknownRun."""
+        live = self._live(key.run)
+        state = live.state
+        if state.phase in ENDED:
+            raise RunEnded(f"run {key.run} is over: {state.reason}")
+        known = live.updates.get(client)
+        if known is not None and known.round == key.round:
+            if known.sha256 != sha256:
+                raise DuplicateUpdate(
+                    f"client '{client}' has already sent another update for round {key.round}; the first one stands"
+                )
+            return True
+        if live.record is not None and live.record.round == key.round and client in live.record.folded:
+            return True
+        if state.phase is not Phase.TRAINING or key.round != state.round or not 1 <= key.attempt <= state.attempt:
+            raise WrongRound(
+                f"an update for round {key.round}, attempt {key.attempt} came; run {key.run} is {state.phase.value} "
+                f"in round {state.round}, attempt {state.attempt}"
+            )
+        if client not in state.cohort:
+            raise WrongRound(f"client '{client}' was not asked in round {key.round}")
+        return False
+
+    async def submit_update(
+        self, client: str, header: views.UpdateHeader, chunks: AsyncIterator[tuple[int, bytes]]
+    ) -> bool:
+        """Receive, check, keep and count one update; True if it had been counted already."""
+        live = self._live(header.key.run)
+        if self.counted(client, header.key, header.sha256):
+            return True
+
+        def meter(size: int) -> None:
+            live.bytes_up += size
+
+        path = self._store.update_path(live.run, header.key.round, client)
+        await self.intake.receive(client, header, live.layout, len(live.state.cohort), path, chunks, meter)
+        row = UpdateRow(
+            client, header.key.round, header.weight, header.sha256, dict(header.tally), header.training_seconds
+        )
+        try:
+            await self._ask(live, machine.UpdateArrived(header.key.round, client), row)
+        except DuplicateUpdate:
+            return self.counted(client, header.key, header.sha256)
+        self.hub.done(client)
+        return False
+
+    async def submit_evaluation(self, client: str, key: views.TaskKey, version: int, tally: dict[str, int]) -> bool:
+        """Count one client's score of the current model; True if it had been counted already."""
+        live = self._live(key.run)
+        if live.state.phase is not Phase.EVALUATING or version != live.version:
+            raise WrongRound(f"an evaluation of model {version} came; run {key.run} is {live.state.phase.value}")
+        event = machine.EvaluationArrived(key.round, client, tuple(sorted(tally.items())))
+        try:
+            await self._ask(live, event)
+        except DuplicateUpdate:
+            return True
+        self.hub.done(client)
+        return False
+
+    async def report_failure(self, client: str, key: views.TaskKey, why: str) -> None:
+        """Note that a client cannot do its task."""
+        live = self._live(key.run)
+        log.warning("run %s: round %d: client %s: %s", live.run, key.round, client, why)
+        self.hub.done(client)
+        await self._ask(live, machine.TaskFailed(key.round, client, why))
+
+    # What operators say -------------------------------------------------------------------------------------------
+
+    async def submit(self, spec: RunSpec, initial: Path | None) -> views.RunView:
+        """Queue a run, from its seed or from a safetensors checkpoint; raises CheckpointError if that is another model."""
+        layout = layout_of(spec)
+        if layout.nbytes > self._settings.max_model_bytes:
+            raise TooLarge(
+                f"the run's model has {layout.nbytes:,} bytes, the server's limit (max_model_bytes) is "
+                f"{self._settings.max_model_bytes:,}"
+            )
+        run = secrets.token_hex(8)
+
+        def prepare() -> ModelFile:
+            parameters = initial_parameters(spec) if initial is None else checkpoint.load(initial, layout)
+            metadata = {"run": run, "round": "0", "spec": spec.canonical().decode()}
+            model = checkpoint.save(self._store.model_path(run, 0), parameters, metadata)
+            self._store.create(run, spec, model)
+            return model
+
+        model = await asyncio.to_thread(prepare)
+        live = Live(run, spec, layout, Run(), model, 0, None, None, 0, 0, {})
+        self._runs[run] = live
+        log.info("run %s (%s): submitted, %d parameters, %d rounds", run, spec.name, layout.size, spec.rounds)
+        self._schedule()
+        return self.view(live)
+
+    async def stop(self, run: str) -> views.RunView:
+        """End a run; raises RunEnded if it has ended."""
+        live = self.find(run)
+        if live.state.phase in ENDED:
+            raise RunEnded(f"run {live.run} is over already: {live.state.reason}")
+        await self._ask(live, machine.StopRequested())
+        return self.view(live)
+
+    def find(self, run: str) -> Live:
+        """The run with this id, this beginning of an id, or this name; raises UnknownRun."""
+        if run in self._runs:
+            return self._runs[run]
+        found = [one for one in self._runs.values() if one.run.startswith(run) or one.spec.name == run]
+        if len(found) == 1 and run:
+            return found[0]
+        told = f"{len(found)} runs answer to '{run[:80]}'" if found and run else f"no run answers to '{run[:80]}'"
+        raise UnknownRun(f"{told}; `seqfed runs` lists them")
+
+    def runs(self) -> list[views.RunView]:
+        """All runs, oldest first."""
+        return [self.view(live) for live in self._runs.values()]
+
+    async def watch(self, run: str, after: int) -> AsyncIterator[views.RunView]:
+        """A view at once and after every change, each with the finished rounds since the last; ends with the run."""
+        live = self.find(run)
+        while True:
+            changed, ended = live.changed, live.state.phase in ENDED
+            history = await asyncio.to_thread(self._store.history, live.run, after, HISTORY_MESSAGE)
+            closed = [one for one in history if live.record is None or one.round != live.record.round]
+            yield self.view(live, closed)
+            after = closed[-1].round if closed else after
+            if len(history) == HISTORY_MESSAGE:
+                continue
+            if ended:
+                return
+            await changed.wait()
+
+    def view(self, live: Live, history: Iterable[views.RoundRecord] = ()) -> views.RunView:
+        """The run as its operator sees it."""
+        state = live.state
+        misfits = {one.client: why for one in self.hub.connected() if (why := misfit(live.spec.data, one.schema))}
+        turn_of = next((one.run for one in self._runs.values() if one.state.phase in ACTIVE), None)
+        end = live.ended if live.ended is not None else time.time()
+        return views.RunView(
+            run=live.run,
+            name=live.spec.name,
+            phase=state.phase.value,
+            round=state.round,
+            rounds=live.spec.rounds,
+            attempt=state.attempt,
+            cohort=state.cohort,
+            pending=state.pending,
+            reason=explain(live.spec, state, self._fitting(live.spec), misfits, turn_of),
+            history=tuple(history),
+            bytes_up=live.bytes_up,
+            bytes_down=live.bytes_down,
+            seconds=end - live.started if live.started is not None else 0.0,
+            spec=live.spec,
+            ended=state.phase in ENDED,
+        )
+
+    async def clients(self) -> list[views.ClientView]:
+        """Every client that was ever here."""
+        now = time.time()
+        found = []
+        for known in await asyncio.to_thread(self._store.clients):
+            connection = self.hub.get(known.client)
+            task = connection.task if connection is not None else None
+            found.append(
+                views.ClientView(
+                    client=known.client,
+                    connected=connection is not None,
+                    seconds=now - (connection.since if connection is not None else known.seen),
+                    task=f"{task.kind.value} in round {task.key.round} of {task.key.run}" if task is not None else "",
+                    schema=connection.schema if connection is not None else known.schema,
+                    software=connection.software if connection is not None else known.software,
+                )
+            )
+        return found
+
+    def _live(self, run: str) -> Live:
+        try:
+            return self._runs[run]
+        except KeyError:
+            raise UnknownRun(f"no run has the id '{run[:80]}'") from None
+
+
+_ASKS: Mapping[Phase, views.TaskKind] = {
+    Phase.TRAINING: views.TaskKind.TRAIN,
+    Phase.EVALUATING: views.TaskKind.EVALUATE,
+}
+
+
+def _weight(spec: RunSpec, update: UpdateRow) -> int:
+    return update.weight if spec.aggregation.weighting == "examples" else 1
+
+
+def _numbers(path: Path) -> Iterator[Flat]:
+    """A complete update's numbers from its file, in parts."""
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(PIECE_BYTES):
+            yield np.frombuffer(piece, "<f4")
+
+
+def _revive(stored: StoredRun) -> Live:
+    return Live(
+        stored.run,
+        stored.spec,
+        stored.model.layout,
+        stored.state,
+        stored.model,
+        stored.version,
+        stored.started,
+        stored.ended,
+        stored.bytes_up,
+        stored.bytes_down,
+        {one.client: one for one in stored.updates},
+        record=stored.record,
+    )

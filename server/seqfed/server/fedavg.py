@@ -1,0 +1,96 @@
+"""FedAvg's server side, the whole arithmetic (McMahan et al. 2017, "Communication-efficient learning of deep networks from
+decentralized data", Algorithm 1): the new global model is the old one plus the weighted mean of the clients' deltas,
+
+    w_(t+1) = w_t + sum_k n_k (w_k - w_t) / sum_k n_k,        n_k = 1 for the uniform mean.
+
+The sum is kept in integers (`seqfed.common.fixedpoint`), so the result is the same to the last bit whatever order the
+updates arrive in. Each update is checked wholly before it is folded, and folded in pieces, so that memory is one int64
+vector, whoever many clients there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seqfed.common.errors import EmptyRound, LayoutMismatch, NonFiniteUpdate, UpdateOutOfRange
+from seqfed.common.fixedpoint import LIMIT, decode, encode
+from seqfed.common.layout import Flat
+
+MAX_WEIGHT: Final = 1 << 40  # examples (or tokens) behind one update: weight x 2^30 stays exact in a float64's exponent
+PIECE: Final = 1 << 16  # numbers converted at once: the float64 and int64 copies (1 MiB) stay in a core's cache
+
+
+@dataclass
+class WeightedSum:
+    """sum_k n_k delta_k in units of 2^-30, and sum_k n_k, of one round."""
+
+    total: NDArray[np.int64]  # shape (parameters,)
+    weight: int = 0
+
+
+def empty(size: int) -> WeightedSum:
+    """The sum of no updates, for a model of `size` parameters."""
+    return WeightedSum(np.zeros(size, np.int64))
+
+
+def peak(numbers: Flat) -> float:
+    """max |numbers|; raises NonFiniteUpdate if any is NaN or infinite."""
+    highest = float(np.max(np.abs(numbers), initial=0.0))
+    if not np.isfinite(highest):
+        place = int(np.flatnonzero(~np.isfinite(numbers))[0])
+        raise NonFiniteUpdate(
+            f"an update holds {numbers[place]}; lower the learning rate or look for missing values in the data"
+        )
+    return highest
+
+
+def check(weight: int, highest: float, cohort: int) -> None:
+    """Raise UpdateOutOfRange unless `cohort` updates like this one (weight, max |delta|) fit the sum together.
+
+    The bound depends on no other update, so who is refused does not depend on who came first.
+    """
+    if not 1 <= weight <= MAX_WEIGHT:
+        raise UpdateOutOfRange(f"an update's weight is {weight:,}; it must be from 1 to {MAX_WEIGHT:,} examples")
+    if weight * highest * cohort > LIMIT:
+        raise UpdateOutOfRange(
+            f"an update changes a parameter by {highest:.3g} with weight {weight:,}; in a cohort of {cohort:,} the product "
+            f"of the two may be at most {LIMIT / cohort:.3g}; lower the learning rate"
+        )
+
+
+def fold(sum_: WeightedSum, weight: int, delta: Iterable[Flat]) -> None:
+    """Add one checked update: `delta` yields consecutive parts of its flat vector, float32.
+
+    Precondition: `check` passed for it. Raises LayoutMismatch if the parts are too few or too many; the sum is then void.
+    """
+    start = 0
+    for part in delta:
+        if start + len(part) > len(sum_.total):
+            raise LayoutMismatch(f"an update has more than the model's {len(sum_.total):,} parameters")
+        for place in range(0, len(part), PIECE):
+            numbers = part[place : place + PIECE]
+            sum_.total[start + place : start + place + len(numbers)] += encode(numbers, weight)
+        start += len(part)
+    if start != len(sum_.total):
+        raise LayoutMismatch(f"an update has {start:,} of the model's {len(sum_.total):,} parameters")
+    sum_.weight += weight
+
+
+def finish(sum_: WeightedSum, model: Iterable[Flat]) -> Iterator[Flat]:
+    """The new global model in parts, from consecutive parts of the old one; raises EmptyRound if nothing was folded."""
+    if sum_.weight < 1:
+        raise EmptyRound("no update was folded in this round, so it has no mean")
+    start = 0
+    for part in model:
+        fresh = np.empty(len(part), np.float32)
+        for place in range(0, len(part), PIECE):
+            numbers = part[place : place + PIECE]
+            mean = decode(sum_.total[start + place : start + place + len(numbers)], sum_.weight)
+            fresh[place : place + len(numbers)] = numbers + mean
+        start += len(part)
+        yield fresh

@@ -1,0 +1,201 @@
+"""The services: each method translates a message into a call of the coordinator and its answer back, and no more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from seqfed.common import wire
+from seqfed.common.config import validate_json
+from seqfed.common.errors import BrokenTransfer, InvalidName, TooLarge, UnknownSession, VersionMismatch
+from seqfed.common.schema import DataSchema
+from seqfed.common.spec import RunSpec
+from seqfed.common.transfer import CHUNK_BYTES
+from seqfed.server.coordinator import Coordinator
+from seqfed.server.hub import Connection
+from seqfed.server.intake import receive_file
+from seqfed.server.settings import ServerSettings
+from seqfed.server.status import rich_status
+from seqfed.v1 import admin_pb2, admin_pb2_grpc, federation_pb2, federation_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+MAX_FAILURE = 2_000  # characters of a client's words about a failure
+
+
+@contextlib.asynccontextmanager
+async def refusing(context: Context) -> AsyncIterator[None]:
+    """Turns what the block raises into the call's status."""
+    try:
+        yield
+    except (grpc.aio.AbortError, asyncio.CancelledError):
+        raise
+    except Exception as error:  # noqa: BLE001 - the table decides what of it the stranger learns
+        await context.abort_with_status(rich_status(error))
+
+
+class Federation(federation_pb2_grpc.FederationServicer):
+    """What clients call."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    def _connection(self, context: Context) -> Connection:
+        metadata = dict(context.invocation_metadata() or ())
+        session = metadata.get(wire.SESSION_METADATA)
+        if not isinstance(session, str):
+            raise UnknownSession(f"the call has no '{wire.SESSION_METADATA}' metadata; join first")
+        return self._coordinator.hub.connection(session)
+
+    async def Join(self, request: federation_pb2.JoinRequest, context: Context) -> federation_pb2.JoinReply:
+        async with refusing(context):
+            if request.protocol != wire.PROTOCOL:
+                raise VersionMismatch(
+                    f"the client speaks version {request.protocol} of the protocol, this server {wire.PROTOCOL}; "
+                    "run the same version of seqfed on both sides"
+                )
+            name = wire.check_client_name(request.client)
+            if not wire.HEX.fullmatch(request.instance):
+                raise InvalidName("a client's instance is 32 hex digits")
+            schema = validate_json(DataSchema, request.data_schema, "the client's data schema")
+            connection = await self._coordinator.join(name, request.instance, request.software[:64], schema)
+            return federation_pb2.JoinReply(session=connection.session)
+
+    async def Listen(
+        self, request: federation_pb2.ListenRequest, context: Context
+    ) -> AsyncIterator[federation_pb2.Task]:
+        async with refusing(context):
+            async for task in self._coordinator.hub.listen(self._connection(context).session):
+                yield wire.task_to_wire(task)
+
+    async def FetchModel(
+        self, request: federation_pb2.FetchModelRequest, context: Context
+    ) -> AsyncIterator[federation_pb2.Chunk]:
+        async with refusing(context):
+            self._connection(context)
+            live, model = self._coordinator.model_file(request.run, request.version)
+            offset = request.offset
+            for data in model.pieces(offset, CHUNK_BYTES):
+                chunk = federation_pb2.Chunk(offset=offset, data=data)
+                live.bytes_down += len(data)
+                yield chunk
+                offset += len(data)
+
+    async def UploadStatus(
+        self, request: federation_pb2.UploadStatusRequest, context: Context
+    ) -> federation_pb2.UploadStatusReply:
+        async with refusing(context):
+            client, key = self._connection(context).client, wire.key_from_wire(request.key)
+            complete = self._coordinator.counted(client, key, request.sha256)
+            received = self._coordinator.intake.received(client, key.run, request.sha256)
+            return federation_pb2.UploadStatusReply(received_bytes=received, complete=complete)
+
+    async def SubmitUpdate(
+        self, request_iterator: AsyncIterator[federation_pb2.SubmitUpdateRequest], context: Context
+    ) -> federation_pb2.SubmitUpdateReply:
+        async with refusing(context):
+            client = self._connection(context).client
+            header, chunks = await _header_and_chunks(request_iterator)
+            duplicate = await self._coordinator.submit_update(client, wire.header_from_wire(header), chunks)
+            return federation_pb2.SubmitUpdateReply(duplicate=duplicate)
+
+    async def SubmitEvaluation(
+        self, request: federation_pb2.SubmitEvaluationRequest, context: Context
+    ) -> federation_pb2.SubmitEvaluationReply:
+        async with refusing(context):
+            client, key = self._connection(context).client, wire.key_from_wire(request.key)
+            duplicate = await self._coordinator.submit_evaluation(client, key, request.version, dict(request.tally))
+            return federation_pb2.SubmitEvaluationReply(duplicate=duplicate)
+
+    async def ReportFailure(
+        self, request: federation_pb2.ReportFailureRequest, context: Context
+    ) -> federation_pb2.ReportFailureReply:
+        async with refusing(context):
+            why = f"{request.reason[:64]}: {request.message[:MAX_FAILURE]}"
+            key = wire.key_from_wire(request.key)
+            await self._coordinator.report_failure(self._connection(context).client, key, why)
+            return federation_pb2.ReportFailureReply()
+
+
+class Admin(admin_pb2_grpc.AdminServicer):
+    """What operators call."""
+
+    def __init__(self, coordinator: Coordinator, settings: ServerSettings) -> None:
+        self._coordinator = coordinator
+        self._settings = settings
+
+    async def Submit(
+        self, request_iterator: AsyncIterator[admin_pb2.SubmitRequest], context: Context
+    ) -> admin_pb2.SubmitReply:
+        async with refusing(context):
+            header, chunks = await _header_and_chunks(request_iterator)
+            spec = validate_json(RunSpec, header.spec, "the run's specification")
+            if not header.checkpoint_bytes:
+                return admin_pb2.SubmitReply(run=wire.run_to_wire(await self._coordinator.submit(spec, None)))
+            if header.checkpoint_bytes > self._settings.max_model_bytes:
+                raise TooLarge(
+                    f"a checkpoint of {header.checkpoint_bytes:,} bytes came; the server's limit (max_model_bytes) is "
+                    f"{self._settings.max_model_bytes:,}"
+                )
+            descriptor, name = tempfile.mkstemp(dir=self._settings.state, suffix=".safetensors")
+            os.close(descriptor)
+            try:
+                await receive_file(Path(name), header.checkpoint_bytes, header.checkpoint_sha256, chunks)
+                view = await self._coordinator.submit(spec, Path(name))
+            finally:
+                os.unlink(name)  # noqa: PTH108 - a plain call, as Path methods are reserved for threads here
+            return admin_pb2.SubmitReply(run=wire.run_to_wire(view))
+
+    async def ListRuns(self, request: admin_pb2.ListRunsRequest, context: Context) -> admin_pb2.ListRunsReply:
+        async with refusing(context):
+            return admin_pb2.ListRunsReply(runs=[wire.run_to_wire(view) for view in self._coordinator.runs()])
+
+    async def WatchRun(
+        self, request: admin_pb2.WatchRunRequest, context: Context
+    ) -> AsyncIterator[admin_pb2.RunStatus]:
+        async with refusing(context):
+            async for view in self._coordinator.watch(request.run, request.after_round):
+                yield wire.run_to_wire(view)
+
+    async def StopRun(self, request: admin_pb2.StopRunRequest, context: Context) -> admin_pb2.RunStatus:
+        async with refusing(context):
+            return wire.run_to_wire(await self._coordinator.stop(request.run))
+
+    async def ListClients(self, request: admin_pb2.ListClientsRequest, context: Context) -> admin_pb2.ListClientsReply:
+        async with refusing(context):
+            clients = await self._coordinator.clients()
+            return admin_pb2.ListClientsReply(clients=[wire.client_to_wire(view) for view in clients])
+
+    async def ExportModel(
+        self, request: admin_pb2.ExportModelRequest, context: Context
+    ) -> AsyncIterator[federation_pb2.Chunk]:
+        async with refusing(context):
+            offset = request.offset
+            with self._coordinator.find(request.run).model.path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                while data := file.read(CHUNK_BYTES):
+                    yield federation_pb2.Chunk(offset=offset, data=data)
+                    offset += len(data)
+
+
+async def _header_and_chunks(messages: AsyncIterator[Any]) -> tuple[Any, AsyncIterator[tuple[int, bytes]]]:
+    """The first message's header, and the (offset, data) of the chunks after it; raises BrokenTransfer."""
+
+    async def chunks() -> AsyncIterator[tuple[int, bytes]]:
+        async for message in messages:
+            if message.WhichOneof("part") != "chunk":
+                raise BrokenTransfer("something else than a chunk came in the middle of a stream")
+            yield message.chunk.offset, message.chunk.data
+
+    async for message in messages:
+        if message.WhichOneof("part") == "header":
+            return message.header, chunks()
+        break
+    raise BrokenTransfer("the stream did not begin with a header")
