@@ -43,8 +43,8 @@ ENV PATH=/opt/seqfed/bin:$PATH \
     PYTHONUNBUFFERED=1
 USER seqfed
 WORKDIR /var/lib/seqfed
-# /data: a client's NPZ files. /state: the server's store, or a client's identity and parameters.
-VOLUME ["/data", "/state"]
+# The server's store, or a client's identity and parameters. (A client's NPZ files: mount at /data.)
+VOLUME ["/state"]
 
 # --- with scikit-learn, which carries the digits that docker-compose.yml trains on -----------------
 FROM base AS digits

@@ -67,10 +67,10 @@ demo: $(RUN_STAMP) ## train on three clients on this machine; ARGS='--help' tell
 PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 test: $(DEV_STAMP) ## the default suite: all but the tests marked slow, large or compose
-	@$(PYTEST) -m 'not slow and not large and not compose'
+	@$(PYTEST)
 
 test-fast: $(DEV_STAMP) ## the default suite without the integration tests
-	@$(PYTEST) -m 'not slow and not large and not compose' --ignore tests/integration
+	@$(PYTEST) --ignore tests/integration
 
 test-slow: $(DEV_STAMP) ## the tests marked slow
 	@$(PYTEST) -m 'slow and not large and not compose' || \

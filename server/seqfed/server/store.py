@@ -35,11 +35,10 @@ _METADATA = sa.MetaData()
 
 def _table(name: str, key: tuple[str, ...], *columns: str) -> sa.Table:
     # Types, sizes and indices are the migrations' business; a query needs the names only.
-    keys: Iterator[sa.Column[Any]] = (sa.Column(one, primary_key=True, autoincrement=one == "number") for one in key)
-    return sa.Table(name, _METADATA, *keys, *(sa.Column(one) for one in columns))
+    return sa.Table(name, _METADATA, *(sa.Column(one, primary_key=one in key) for one in (*key, *columns)))
 
 
-RUNS = _table("runs", ("number",), "run", "spec", "state", "started", "ended", "bytes_up", "bytes_down")
+RUNS = _table("runs", ("run",), "number", "spec", "state", "started", "ended", "bytes_up", "bytes_down")
 MODELS = _table("models", ("run", "version"), "data_start", "sha256")
 ROUNDS = _table("rounds", ("run", "round"), "record")
 UPDATES = _table("updates", ("run", "client"), "round", "weight", "sha256", "tally", "training_seconds")

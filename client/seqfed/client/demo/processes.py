@@ -1,0 +1,89 @@
+"""The demo's server and clients as real processes, all of them stopped however the demo ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from seqfed.common.errors import ServerUnavailable
+
+START_S = 60.0  # a loaded machine imports slowly
+STOP_S = 5.0  # before a process that was asked to stop is killed
+
+
+class Processes:
+    """Started processes, their logs in one folder."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._started: list[tuple[str, subprocess.Popen[bytes]]] = []
+
+    def start(self, name: str, *arguments: str) -> None:
+        """Start `seqfed ARGUMENTS`; its output goes to NAME.log."""
+        with (self._logs / f"{name}.log").open("wb") as log:
+            process = subprocess.Popen(  # noqa: S603 - our own interpreter and our own command
+                [sys.executable, "-m", "seqfed.common.cli", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C comes to the demo alone, which then stops the others in order
+            )
+        self._started.append((name, process))
+
+    def require_alive(self) -> None:
+        """Raise ServerUnavailable naming the first process that has ended by itself."""
+        for name, process in self._started:
+            if process.poll() is not None:
+                log = self._logs / f"{name}.log"
+                last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
+                raise ServerUnavailable(f"{name} ended with status {process.returncode}: {last[0]} (see {log})")
+
+    def stop(self) -> None:
+        """Stop all, clients before the server; kill what does not stop in time."""
+        for _, process in reversed(self._started):
+            if process.poll() is None:
+                process.terminate()
+        deadline = time.monotonic() + STOP_S
+        for _, process in reversed(self._started):
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._started.clear()
+
+
+@contextlib.contextmanager
+def processes(logs: Path) -> Iterator[Processes]:
+    """Processes that end with the block, also when it ends by Ctrl-C or SIGTERM."""
+    logs.mkdir(parents=True, exist_ok=True)
+    found = Processes(logs)
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        found.stop()
+
+
+def server_address(state: Path, started: Processes) -> str:
+    """The address of a server that has just been started with this state folder."""
+    file = state / "address.json"
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        started.require_alive()
+        with contextlib.suppress(OSError, ValueError):
+            return str(json.loads(file.read_text())["address"])
+        time.sleep(0.05)
+    raise ServerUnavailable(f"the server did not start within {START_S:.0f} s")
