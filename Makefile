@@ -17,7 +17,6 @@ TORCH ?=
 ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= 2
-COMPOSE ?= docker-compose
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -43,7 +42,7 @@ $(RUN_STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "make: seqfed needs Python 3.11 or later, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
 			"name another with PYTHON=..." >&2; exit 1; }
-	@echo "making .venv from constraints.txt (the first time takes some minutes)"
+	@echo "installing into .venv at the versions in constraints.txt (the first time takes some minutes)"
 	@$(PYTHON) -m venv .venv
 	@$(INSTALL) --upgrade pip hatchling
 	@$(INSTALL) --no-build-isolation --editable '.[demo]'

@@ -431,11 +431,12 @@ class Coordinator:
         """A view at once and after every change, each with the finished rounds since the last; ends with the run."""
         live = self.find(run)
         while True:
-            changed, ended = live.changed, live.state.phase in ENDED
-            history = await asyncio.to_thread(self._store.history, live.run, after, HISTORY_MESSAGE)
-            closed = [one for one in history if live.record is None or one.round != live.record.round]
-            yield self.view(live, closed)
-            after = closed[-1].round if closed else after
+            changed, state = live.changed, live.state
+            ended = state.phase in ENDED
+            last = state.round if ended else state.round - 1  # the round under way has no complete record yet
+            history = await asyncio.to_thread(self._store.history, live.run, after, last, HISTORY_MESSAGE)
+            yield self.view(live, history)
+            after = history[-1].round if history else after
             if len(history) == HISTORY_MESSAGE:
                 continue
             if ended:

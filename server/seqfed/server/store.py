@@ -125,8 +125,9 @@ class Store:
     ) -> None:
         """In one transaction: the state, and with it what the event brought.
 
-        `update`: complete and in its file. `model`: this round's, in its file; the round's updates are then done with.
-        `record`: the round's, new or completed. `columns`: started, ended, bytes_up, bytes_down of the run.
+        `update`: complete and in its file. `model`: the one that the record's round made, in its file; the
+        round's updates are then done with. `record`: the round's, new or completed. `columns`: started, ended, bytes_up,
+        bytes_down of the run.
         """
         with self._transaction() as connection:
             connection.execute(RUNS.update().where(RUNS.c.run == run).values(state=dump_state(state), **columns))
@@ -145,7 +146,8 @@ class Store:
                     },
                 )
             if model is not None:
-                connection.execute(_model_row(run, state.round, model))
+                assert record is not None  # `state` may be in the next round already
+                connection.execute(_model_row(run, record.round, model))
                 connection.execute(UPDATES.delete().where(UPDATES.c.run == run))
             if record is not None:
                 _replace(connection, ROUNDS, {"run": run, "round": record.round, "record": json.dumps(asdict(record))})
@@ -186,11 +188,11 @@ class Store:
     def _model_file(self, run: str, row: sa.Row[Any], layout: Layout) -> ModelFile:
         return ModelFile(self.model_path(run, row.version), layout, row.data_start, row.sha256)
 
-    def history(self, run: str, after: int, limit: int) -> list[RoundRecord]:
-        """Up to `limit` finished rounds after round `after`, in order."""
+    def history(self, run: str, after: int, last: int, limit: int) -> list[RoundRecord]:
+        """The rounds after round `after` up to round `last`, in order, at most `limit` of them."""
         query = (
             sa.select(ROUNDS.c.record)
-            .where(ROUNDS.c.run == run, ROUNDS.c.round > after)
+            .where(ROUNDS.c.run == run, ROUNDS.c.round > after, ROUNDS.c.round <= last)
             .order_by(ROUNDS.c.round)
             .limit(limit)
         )

@@ -1,0 +1,112 @@
+"""What the benchmarks share: a model of about so many parameters, a federation of real processes, and the JSON line."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import platform
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seqfed.client.admin import operating
+from seqfed.client.demo.processes import Processes, processes, server_address
+from seqfed.common.seeds import generator
+from seqfed.common.spec import CohortSpec, DataSpec, EvaluationSpec, ModelSpec, RunSpec, TrainingSpec
+from seqfed.common.views import RoundRecord, RunView
+
+FEATURES, STEPS, CLASSES = 8, 8, 10  # of the digits as sequences, so that 52,874 parameters are the demo's model
+EXAMPLES = 32  # a client: one batch
+
+
+def spec_for(params: int, clients: int, rounds: int) -> RunSpec:
+    """One local step a round of the two-layer LSTM whose size comes nearest to `params` from above."""
+    # 12 h^2 + (4 x 8 + 26) h + 10 parameters at hidden size h
+    hidden = math.ceil((-58 + math.sqrt(58 * 58 + 48 * (params - 10))) / 24)
+    return RunSpec(
+        name="benchmark",
+        rounds=rounds,
+        data=DataSpec(features=FEATURES, steps=STEPS, classes=CLASSES),
+        model=ModelSpec(hidden=hidden),
+        training=TrainingSpec(optimizer="sgd", learning_rate=0.1, batch_size=EXAMPLES, steps=1),
+        cohort=CohortSpec(min_clients=clients),
+        evaluation=EvaluationSpec(every=0),
+    )
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A server and connected clients, idle."""
+
+    address: str
+    server_pid: int
+    started: Processes
+
+    def run(self, spec: RunSpec) -> RunView:
+        """Submit a run and wait for its end; the last view with the whole history."""
+        return asyncio.run(self._run(spec))
+
+    async def _run(self, spec: RunSpec) -> RunView:
+        async with operating(self.address, insecure=False) as operator:
+            view = await operator.submit(spec, None)
+            history: list[RoundRecord] = []
+            run = view.run
+            async for view in operator.watch(run):
+                history.extend(view.history)
+            if view.phase != "finished":
+                raise SystemExit(f"the run {view.phase}: {view.reason}")
+        return RunView(**{**vars(view), "history": tuple(history)})
+
+
+@contextlib.contextmanager
+def federation(clients: int) -> Iterator[Federation]:
+    """A server and so many client processes on loopback, all connected."""
+    with tempfile.TemporaryDirectory(prefix="seqfed-benchmark-") as name:
+        work = Path(name)
+        with processes(work / "logs") as started:
+            state = work / "server"
+            started.start("server", "server", "--port", "0", "--state", str(state))
+            address = server_address(state, started)
+            for number in range(clients):
+                draw = generator(number, "benchmark data")
+                x = draw.random((EXAMPLES, STEPS, FEATURES), np.float32)
+                np.savez(work / f"{number}.npz", x=x, y=draw.integers(0, CLASSES, EXAMPLES))
+                flags = ("--data", str(work / f"{number}.npz"), "--validation-fraction", "0")
+                client = f"client-{number:03}"
+                started.start(
+                    client, "client", "--server", address, "--name", client, "--state", str(work / client), *flags
+                )
+            asyncio.run(_connected(address, clients, started))
+            pid = int(json.loads((state / "address.json").read_text())["pid"])
+            yield Federation(address, pid, started)
+
+
+async def _connected(address: str, clients: int, started: Processes) -> None:
+    async with operating(address, insecure=False) as operator:
+        while sum(one.connected for one in await operator.clients()) < clients:
+            started.require_alive()
+            await asyncio.sleep(0.1)
+
+
+def tell(result: dict[str, Any], as_json: bool) -> None:
+    """Print the result: one JSON object as the last line, or one line a field."""
+    if as_json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:>24}: {value}")
+
+
+def machine() -> str:
+    """This machine in a few words."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return f"{sum(line.startswith('processor') for line in lines)} cores of {model}"
+    return platform.machine()
