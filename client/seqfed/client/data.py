@@ -8,9 +8,11 @@ from __future__ import annotations
 import csv
 import math
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,9 @@ from seqfed.client.settings import DataSettings
 from seqfed.common.errors import DataError
 from seqfed.common.schema import DataSchema
 from seqfed.common.seeds import generator
+
+HIGHEST_LABEL: Final = 999_999  # the run's `classes` ends at a million
+LARGEST: Final = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +97,12 @@ def read(settings: DataSettings, path: Path, held_out: float) -> tuple[Sequences
 
 def _read_npz(path: Path) -> Sequences:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array (.npy)")
+        with archive:
+            arrays = {name: np.asanyarray(archive[name]) for name in archive.files}
+    except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # Runtime: encrypted
         raise DataError(f"{path}: not a readable NPZ file of plain arrays: {error}") from error
     for name in ("x", "y"):
         if name not in arrays:
@@ -108,7 +116,10 @@ def _read_npz(path: Path) -> Sequences:
         raise DataError(f"{path}: y is {y.dtype} of shape {y.shape}; it must be whole numbers of shape ({len(x)},)")
     if y.min() < 0:
         raise DataError(f"{path}: y[{int(y.argmin())}] is {int(y.min())}; labels start at 0")
-    x = x.astype(np.float32)
+    if y.max() > HIGHEST_LABEL:
+        raise DataError(f"{path}: y[{int(y.argmax())}] is {int(y.max())}; labels end at {HIGHEST_LABEL}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        x = x.astype(np.float32)
     if not np.isfinite(x).all():
         first = tuple(int(place) for place in np.argwhere(~np.isfinite(x))[0])
         raise DataError(f"{path}: x[{', '.join(map(str, first))}] is not finite; fill or drop missing values first")
@@ -174,19 +185,30 @@ def _csv_entities(settings: DataSettings, path: Path) -> tuple[dict[str, list[li
                     )
                 numbers = [_number(path, reader.line_num, header[place], row[place]) for place in places]
                 label = numbers[-1]
-                if label < 0 or label != int(label):
+                if not 0 <= label <= HIGHEST_LABEL or label != int(label):
                     raise DataError(
                         f"{path}, line {reader.line_num}, column '{settings.label}': {row[places[-1]]!r} is not a label; "
-                        "labels are whole numbers from 0"
+                        f"labels are whole numbers from 0 to {HIGHEST_LABEL}"
                     )
                 entities.setdefault(row[group] if group is not None else "", []).append(numbers)
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text at byte {error.start}; convert the file to UTF-8") from error
+            line = _first_line_not_utf8(path)
+            raise DataError(f"{path}, line {line}: not UTF-8 text; convert the file to UTF-8") from error
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num}: {error}") from error
     if not entities:
         raise DataError(f"{path}: has no rows below its header line; is it the right file?")
     return entities, len(features)
+
+
+def _first_line_not_utf8(path: Path) -> int:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    raise AssertionError("every line is UTF-8, so their sum is")
 
 
 def _feature_columns(settings: DataSettings, path: Path, header: Sequence[str]) -> list[str]:
@@ -207,13 +229,13 @@ def _feature_columns(settings: DataSettings, path: Path, header: Sequence[str]) 
 
 def _number(path: Path, line: int, column: str, text: str) -> float:
     try:
-        value = float(text)
+        value = math.nan if "_" in text else float(text)  # Python reads 1_000 as a number; nobody else does
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) <= LARGEST:  # nor if it is NaN
         shown = text if len(text) <= 40 else text[:37] + "..."
         raise DataError(
-            f"{path}, line {line}, column '{column}': {shown!r} is not a finite number; "
+            f"{path}, line {line}, column '{column}': {shown!r} is not a finite float32 number; "
             "fill or drop missing values, or leave the column out"
         )
     return value

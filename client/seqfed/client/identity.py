@@ -34,7 +34,11 @@ def take(folder: Path | None, name: str) -> str:
     instance = os.read(descriptor, 64).decode("ascii", "replace").strip()
     if not HEX.fullmatch(instance):
         instance = secrets.token_hex(16)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, instance.encode(), 0)
-        os.fsync(descriptor)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, instance.encode(), 0)
+            os.fsync(descriptor)
+        except OSError as error:
+            os.close(descriptor)
+            raise storage_error(error, f"saving {folder / 'instance'}") from error
     return instance  # the descriptor stays open: the lock lasts as long as the process

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from seqfed.common.layout import Parameters
+from seqfed.common.layout import Flat, Parameters, require_same
 from seqfed.common.model import layout_of
 from seqfed.common.spec import RunSpec
 
@@ -32,12 +32,13 @@ class SequenceClassifier(nn.Module):
 
     def load(self, parameters: Parameters) -> None:
         """Take over these numbers; raises LayoutMismatch if they are another model's."""
+        require_same(self.layout, parameters.layout)
         views = self.layout.views(parameters.flat)
         with torch.no_grad():
             for name, tensor in self.state_dict().items():
                 tensor.copy_(torch.from_numpy(views[name]))
 
-    def parameters_flat(self) -> Parameters:
-        """A copy of the numbers as they stand now."""
+    def save(self, out: Flat | None = None) -> Parameters:
+        """A copy of the numbers as they stand now, in `out` if given."""
         arrays = {name: tensor.detach().cpu().numpy() for name, tensor in self.state_dict().items()}
-        return Parameters(self.layout, self.layout.flatten(arrays))
+        return Parameters(self.layout, self.layout.flatten(arrays, out))

@@ -38,7 +38,7 @@ from seqfed.common.errors import (
     VersionMismatch,
     WrongRound,
 )
-from seqfed.common.layout import Flat
+from seqfed.common.layout import BYTES_PER_PARAMETER, Flat
 from seqfed.common.transfer import Reassembly
 from seqfed.common.views import TaskKind
 
@@ -132,12 +132,15 @@ class Session:
     # The work -----------------------------------------------------------------------------------------------------
 
     def _offer(self, task: views.Task) -> None:
-        """Queue a task; one that the current task is overtaken by cancels it."""
+        """Queue a task; one that the current task is overtaken by cancels it.
+
+        The same task again (after a reconnection, or for another attempt) is the current one, unless that is cancelled.
+        """
         current = self._current
         same = current is not None and (current.key.run, current.key.round) == (task.key.run, task.key.round)
         if task.kind is TaskKind.CANCEL:
             self._cancelled = self._cancelled or same
-        elif current is None or not same or current.kind is not task.kind:
+        elif current is None or not same or current.kind is not task.kind or self._cancelled:
             self._cancelled = current is not None
             self._next.put_nowait(task)
 
@@ -194,10 +197,14 @@ class Session:
 
     async def _fetch(self, task: views.Task) -> Flat:
         """The task's global model, from the last task if it is the same one."""
-        if self._model is not None and self._model[0] == task.model.sha256:
-            return self._model[1]
-        self._model = None
-        flat = np.empty(task.model.nbytes // 4, "<f4")
+        flat = None
+        if self._model is not None:
+            sha256, flat = self._model
+            if sha256 == task.model.sha256:
+                return flat
+            self._model = None
+        if flat is None or flat.nbytes != task.model.nbytes:
+            flat = np.empty(task.model.nbytes // BYTES_PER_PARAMETER, "<f4")
         room = flat.data.cast("B")
 
         def sink(offset: int, data: bytes) -> None:
@@ -205,7 +212,6 @@ class Session:
 
         into = Reassembly(task.model.nbytes, task.model.sha256, sink)
         await self._persist(lambda server: server.fetch_model(task.key.run, task.model.version, into))
-        flat = flat.astype(np.float32, copy=False)
         self._model = (task.model.sha256, flat)
         return flat
 

@@ -27,8 +27,12 @@ class DataSettings(Settings):
         if self.file.suffix == ".csv":
             if self.label is None or self.window is None:
                 raise ValueError(f"{self.file} is CSV: name its label column and the rows a sequence (label, window)")
+            if self.columns is not None and (self.label in self.columns or len(set(self.columns)) < len(self.columns)):
+                raise ValueError(f"columns must name each feature once, and not the label '{self.label}'")
         elif self.label or self.columns or self.group or self.window:
             raise ValueError(f"label, columns, group and window are for CSV files, and {self.file} is not .csv")
+        if self.validation is not None and self.validation.suffix != self.file.suffix:
+            raise ValueError(f"validation {self.validation} must be of the same kind as file {self.file}")
         return self
 
 

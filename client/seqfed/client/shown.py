@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from seqfed.common.metrics import summary
 from seqfed.common.views import ClientView, RoundRecord, RunView
@@ -85,7 +86,7 @@ def runs_table(views: Iterable[RunView]) -> Table:
             size(view.bytes_up),
             size(view.bytes_down),
             f"{view.seconds:.1f}",
-            view.reason,
+            Text(view.reason),  # not markup: it may quote what a client said
         )
     return table
 
@@ -124,7 +125,7 @@ def round_row(record: RoundRecord) -> tuple[str, ...]:
 
 def progress_table(view: RunView, rounds: list[RoundRecord], last: int = 15) -> Table:
     """The run under way: its newest finished rounds, and the one that is being worked on."""
-    table = Table(*COLUMNS, title=f"run {view.run} ({view.name}): {view.phase}", caption=view.reason)
+    table = Table(*COLUMNS, title=f"run {view.run} ({view.name}): {view.phase}", caption=Text(view.reason))
     for record in rounds[-last:]:
         table.add_row(*round_row(record))
     if not view.ended:

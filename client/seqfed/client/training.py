@@ -82,7 +82,10 @@ def batches(size: int, settings: TrainingSpec, draw: np.random.Generator) -> Ite
 
 @torch.no_grad()
 def evaluate(network: SequenceClassifier, data: Sequences) -> dict[str, int]:
-    """The exact sums of the network's loss and correct answers on these data; all zero if there are none."""
+    """The exact sums of the network's loss and correct answers on these data; all zero if there are none.
+
+    Raises TrainingFailed if a sequence's loss is not finite.
+    """
     x, y, lengths = _tensors(data)
     network.eval()
     correct, loss_sum = 0, 0
@@ -90,6 +93,8 @@ def evaluate(network: SequenceClassifier, data: Sequences) -> dict[str, int]:
         rows = torch.arange(start, min(start + SCORING_BATCH, len(data)))
         logits = network(x[rows], _chosen(lengths, rows))
         losses = functional.cross_entropy(logits, y[rows], reduction="none")
+        if not losses.isfinite().all():
+            raise TrainingFailed("the model's loss on the validation data is not finite; lower the run's learning rate")
         # Sequence by sequence in whole units: the sum does not depend on how the data are cut into batches or clients.
         loss_sum += sum(units(value) for value in losses.tolist())
         correct += int((logits.argmax(dim=1) == y[rows]).sum())

@@ -60,14 +60,14 @@ class _Lines:
 
     def update(self, view: RunView, rounds: list[RoundRecord]) -> None:
         if not rounds and view.reason != self._reason:
-            self._console.print(f"{view.phase}: {view.reason}", highlight=False, soft_wrap=True)
+            self._console.print(f"{view.phase}: {view.reason}", highlight=False, markup=False, soft_wrap=True)
             self._reason = view.reason
         for record in rounds[self._shown :]:
             told = ", ".join(f"{name} {value}" for name, value in zip(COLUMNS, round_row(record), strict=True))
             self._console.print(told, highlight=False, soft_wrap=True)
         self._shown = len(rounds)
         if view.ended:
-            self._console.print(f"{view.phase}: {view.reason}", highlight=False, soft_wrap=True)
+            self._console.print(f"{view.phase}: {view.reason}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         pass

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class LocalUpdate:
-    """delta = local model - global model, with its SHA-256, the examples behind it and what the training told."""
+    """delta = local model - global model, with its SHA-256, the examples behind it and what the training told.
+
+    `delta` is the workshop's memory: it holds until the next training.
+    """
 
     delta: Flat
     sha256: bytes
@@ -40,6 +43,7 @@ class Workshop:
         self.data = data
         self._threads = threads
         self._network: tuple[str, SequenceClassifier] | None = None
+        self._delta: Flat | None = None  # fresh memory costs more than the copy into it, so it is used again
 
     def check(self, task: Task) -> None:
         """Raise SchemaMismatch or LayoutMismatch if the task is not for these data or this version of the software."""
@@ -59,7 +63,9 @@ class Workshop:
         network = self._prepared(task, flat)
         draw = generator(task.spec.seed, task.key.round, self.client, "batches")
         trained = training.train(network, self.data.training, task.spec.training, draw, cancelled)
-        delta = network.parameters_flat().flat
+        if self._delta is None or self._delta.shape != flat.shape:
+            self._delta = np.empty_like(flat)
+        delta = network.save(out=self._delta).flat
         delta -= flat
         sha256 = hashlib.sha256(delta.data.cast("B")).digest()
         return LocalUpdate(delta, sha256, len(self.data.training), trained.tally, trained.seconds)

@@ -19,12 +19,25 @@ def parse(address: str) -> tuple[str, int]:
     host, separator, port = address.rpartition(":")
     if not separator or (address.count(":") > 1 and not address.startswith("[")) or address.endswith("]"):
         host, port = address, str(DEFAULT_PORT)
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or not 0 <= int(port) <= 65_535:
+    if bracketed := host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    numeric = bracketed or ":" in host
+    if not _is_host(host, numeric) or not port.isdecimal() or not 0 <= int(port) <= 65_535:
         raise ConfigError(
             f"'{address}' is not HOST:PORT with a port from 0 to 65535 (example: localhost:{DEFAULT_PORT})"
         )
     return host, int(port)
+
+
+def _is_host(host: str, numeric: bool) -> bool:
+    """Whether this can be a host: an IPv6 address if `numeric`, otherwise a name or an IPv4 address."""
+    if not numeric:
+        return bool(host) and not set(host) & set("[]/ ")
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def join(host: str, port: int) -> str:

@@ -123,18 +123,19 @@ def load(path: Path, layout: Layout) -> Parameters:
 
     Raises CheckpointError naming the file and the first thing that does not fit.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        arrays = load_file(path)
-    except (SafetensorError, KeyError, ValueError) as error:
+        with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            for name in names:  # before any is read: numpy has no bfloat16
+                if (kind := file.get_slice(name).get_dtype()) != "F32":
+                    raise CheckpointError(f"{path}: tensor '{name}' is {kind}; convert the checkpoint to float32 (F32)")
+            arrays = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    for name, array in arrays.items():
-        if array.dtype != "float32":
-            raise CheckpointError(f"{path}: tensor '{name}' is {array.dtype}; convert the checkpoint to float32")
     try:
         return Parameters(layout, layout.flatten(arrays))
     except LayoutMismatch as error:

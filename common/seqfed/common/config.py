@@ -36,8 +36,9 @@ def load_toml(
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     for name, table in (tables or {}).items():
-        if table:
-            content[name] = {**content.get(name, {}), **table}
+        there = content.get(name, {})
+        if table and isinstance(there, dict):  # what is no table is left for validation to name
+            content[name] = {**there, **table}
     return validate(kind, {**content, **given}, str(path))
 
 

@@ -15,19 +15,25 @@ from numpy.typing import NDArray
 
 FRACTION_BITS: Final = 30
 SCALE: Final = float(1 << FRACTION_BITS)
+PIECE: Final = 1 << 14  # numbers converted at once: the float64 and int64 copies (256 KiB) stay in a core's cache
 LIMIT: Final = float(1 << (62 - FRACTION_BITS))  # of |sum of weight x delta|: one bit below int64's own, for rounding
 
 
-def encode(numbers: NDArray[np.float32], weight: int) -> NDArray[np.int64]:
-    """round(weight x numbers x 2^30) as int64, same shape. Precondition: weight x max|numbers| <= LIMIT."""
-    scaled = numbers.astype(np.float64)
-    scaled *= weight * SCALE
-    np.rint(scaled, out=scaled)
-    return scaled.astype(np.int64)
+def accumulate(total: NDArray[np.int64], numbers: NDArray[np.float32], weight: int) -> None:
+    """total += round(weight x numbers x 2^30), in place; both of one shape (n,).
+
+    Precondition: weight x max|numbers| <= LIMIT, also for the sum of all that is accumulated.
+    """
+    scaled, whole = np.empty(PIECE), np.empty(PIECE, np.int64)
+    for start in range(0, len(numbers), PIECE):
+        part = numbers[start : start + PIECE]
+        reals, integers = scaled[: len(part)], whole[: len(part)]
+        np.multiply(part, weight * SCALE, out=reals, dtype=np.float64)
+        np.rint(reals, out=reals)
+        np.copyto(integers, reals, casting="unsafe")
+        total[start : start + PIECE] += integers
 
 
-def decode(total: NDArray[np.int64], weight: int) -> NDArray[np.float64]:
-    """total / (weight x 2^30) as float64, same shape: the weighted mean. Precondition: weight >= 1."""
-    mean = total.astype(np.float64)
-    mean /= weight * SCALE
-    return mean
+def mean(total: NDArray[np.int64], weight: int) -> NDArray[np.float64]:
+    """total / (weight x 2^30), same shape: the weighted mean. Precondition: weight >= 1."""
+    return np.divide(total, weight * SCALE, dtype=np.float64)

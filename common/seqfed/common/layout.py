@@ -62,10 +62,10 @@ class Layout:
         text = json.dumps(self.tensors, separators=(",", ":"))
         return hashlib.sha256(text.encode()).digest()
 
-    def flatten(self, arrays: Mapping[str, NDArray[np.float32]]) -> Flat:
-        """The flat vector of these arrays; raises LayoutMismatch naming the first that does not fit."""
+    def flatten(self, arrays: Mapping[str, NDArray[np.float32]], out: Flat | None = None) -> Flat:
+        """The flat vector of these arrays, in `out` if given; raises LayoutMismatch naming the first that does not fit."""
         require_same(self, Layout(tuple((name, tuple(array.shape)) for name, array in arrays.items())), ordered=False)
-        flat = np.empty(self.size, np.float32)
+        flat = np.empty(self.size, np.float32) if out is None else out
         for name, _, part in self.parts():
             flat[part] = arrays[name].reshape(-1)
         return flat

@@ -57,7 +57,10 @@ class CohortSpec(Settings):
     """Who is asked in a round, and how many must answer until when."""
 
     min_clients: Count = Field(2, description="how many fitting clients must be connected before a round begins")
-    fraction: float = Field(1.0, gt=0, le=1, description="of the connected clients, at least min_clients of them")
+    # None, not 1.0, when left out: the canonical JSON names every key, and read back it must not contradict `count`.
+    fraction: float | None = Field(
+        None, gt=0, le=1, description="of the connected clients, at least min_clients of them; left out: all"
+    )
     count: Count | None = Field(None, description="clients a round, instead of fraction")
     quorum: Count | None = Field(
         None, description="updates that suffice at the deadline; left out: all that were asked"
@@ -67,7 +70,7 @@ class CohortSpec(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.count is not None and "fraction" in self.model_fields_set:
+        if self.count is not None and self.fraction is not None:
             raise ValueError("cohort.count and cohort.fraction exclude each other; keep one")
         smallest = self.min_clients if self.count is None else self.count
         if self.quorum is not None and self.quorum > smallest:
@@ -83,7 +86,10 @@ class CohortSpec(Settings):
 
     def size(self, connected: int) -> int:
         """How many of so many connected clients are asked. Precondition: connected >= required."""
-        return self.count if self.count is not None else max(self.min_clients, round(self.fraction * connected))
+        if self.count is not None:
+            return self.count
+        share = 1.0 if self.fraction is None else self.fraction
+        return max(self.min_clients, round(share * connected))
 
     def needed(self, asked: int) -> int:
         """How many updates of so many asked suffice."""

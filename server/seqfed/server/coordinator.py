@@ -198,7 +198,7 @@ class Coordinator:
         for effect in effects:
             match effect:
                 case machine.OpenSum():
-                    live.sum = await asyncio.to_thread(fedavg.empty, live.layout.size)
+                    live.sum = await asyncio.to_thread(fedavg.empty, live.layout.size, live.sum)
                 case machine.Fold(client):
                     await asyncio.to_thread(self._fold, live, live.updates[client])
                 case machine.Ask(clients):
@@ -231,7 +231,6 @@ class Coordinator:
 
     async def _commit_model(self, live: Live) -> None:
         model = await asyncio.to_thread(self._write_model, live)
-        live.sum = None
         effects = await self._decide(live, machine.ModelCommitted(live.state.round), model=model)
         await self._perform(live, effects)
 

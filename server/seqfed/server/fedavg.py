@@ -18,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqfed.common.errors import EmptyRound, LayoutMismatch, NonFiniteUpdate, UpdateOutOfRange
-from seqfed.common.fixedpoint import LIMIT, decode, encode
+from seqfed.common.fixedpoint import LIMIT, accumulate, mean
 from seqfed.common.layout import Flat
 
 MAX_WEIGHT: Final = 1 << 40  # examples (or tokens) behind one update: weight x 2^30 stays exact in a float64's exponent
-PIECE: Final = 1 << 16  # numbers converted at once: the float64 and int64 copies (1 MiB) stay in a core's cache
 
 
 @dataclass
@@ -33,9 +32,12 @@ class WeightedSum:
     weight: int = 0
 
 
-def empty(size: int) -> WeightedSum:
-    """The sum of no updates, for a model of `size` parameters."""
-    return WeightedSum(np.zeros(size, np.int64))
+def empty(size: int, used: WeightedSum | None = None) -> WeightedSum:
+    """The sum of no updates, for a model of `size` parameters; in the memory of a sum that is no longer needed, if given."""
+    if used is None:
+        return WeightedSum(np.zeros(size, np.int64))
+    used.total.fill(0)
+    return WeightedSum(used.total)
 
 
 def peak(numbers: Flat) -> float:
@@ -72,9 +74,7 @@ def fold(sum_: WeightedSum, weight: int, delta: Iterable[Flat]) -> None:
     for part in delta:
         if start + len(part) > len(sum_.total):
             raise LayoutMismatch(f"an update has more than the model's {len(sum_.total):,} parameters")
-        for place in range(0, len(part), PIECE):
-            numbers = part[place : place + PIECE]
-            sum_.total[start + place : start + place + len(numbers)] += encode(numbers, weight)
+        accumulate(sum_.total[start : start + len(part)], part, weight)
         start += len(part)
     if start != len(sum_.total):
         raise LayoutMismatch(f"an update has {start:,} of the model's {len(sum_.total):,} parameters")
@@ -87,10 +87,6 @@ def finish(sum_: WeightedSum, model: Iterable[Flat]) -> Iterator[Flat]:
         raise EmptyRound("no update was folded in this round, so it has no mean")
     start = 0
     for part in model:
-        fresh = np.empty(len(part), np.float32)
-        for place in range(0, len(part), PIECE):
-            numbers = part[place : place + PIECE]
-            mean = decode(sum_.total[start + place : start + place + len(numbers)], sum_.weight)
-            fresh[place : place + len(numbers)] = numbers + mean
+        fresh = (part + mean(sum_.total[start : start + len(part)], sum_.weight)).astype(np.float32)
         start += len(part)
         yield fresh

@@ -1,0 +1,319 @@
+"""A real daemon in this process over real gRPC, and a client made of raw stubs to drive it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import grpc
+import grpc_status.rpc_status
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2
+from hypothesis import settings as hypothesis_settings
+
+from seqfed.common import views, wire
+from seqfed.common.errors import SeqfedError, every_error
+from seqfed.common.layout import Flat
+from seqfed.common.spec import RunSpec
+from seqfed.common.transfer import CHUNK_BYTES
+from seqfed.server.daemon import serving
+from seqfed.server.settings import ServerSettings
+from seqfed.v1 import admin_pb2, federation_pb2
+from seqfed.v1.admin_pb2_grpc import AdminStub
+from seqfed.v1.federation_pb2_grpc import FederationStub
+
+PATIENCE: Final = 20.0  # seconds until a test that waits for something gives up
+SMALL: Final = {"kind": "rnn", "hidden": 4, "layers": 1}  # 42 parameters
+BIG: Final = {"kind": "lstm", "hidden": 256, "layers": 1}  # 266,754 parameters, three chunks on the wire
+SCHEMA: Final = b'{"features": 2, "steps": 5, "classes": 2, "examples": 10}'
+
+Metadata = tuple[tuple[str, str], ...]
+T = TypeVar("T")
+
+hypothesis_settings.register_profile("seqfed", deadline=None, derandomize=True)
+hypothesis_settings.load_profile("seqfed")
+
+
+def make_spec(**changes: Any) -> RunSpec:
+    """A small run of one round for two clients, without evaluation; a dotted key changes one of a table's entries."""
+    content: dict[str, Any] = {
+        "rounds": 1,
+        "data": {"features": 2, "classes": 2},
+        "model": dict(SMALL),
+        "cohort": {"min_clients": 2, "deadline_s": 600},
+        "evaluation": {"every": 0},
+    }
+    for key, value in changes.items():
+        table, _, entry = key.partition("__")
+        if entry:
+            content.setdefault(table, {})[entry] = value
+        else:
+            content[key] = value
+    return RunSpec.model_validate(content)
+
+
+def some_delta(size: int, *seed: int) -> Flat:
+    """An update's numbers, the same for the same seed."""
+    return np.random.default_rng(seed).normal(0, 0.01, size).astype(np.float32)
+
+
+@contextlib.contextmanager
+def typed() -> Iterator[None]:
+    """Raises a refused call's error as the class that the server named; other failures as they are."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        status = grpc_status.rpc_status.from_call(error)  # type: ignore[arg-type]  # typed for synchronous calls
+        for detail in status.details if status is not None else ():
+            info = error_details_pb2.ErrorInfo()
+            if detail.Unpack(info):
+                raise every_error()[info.reason](error.details() or "") from error
+        raise
+
+
+async def soon(work: Awaitable[T]) -> T:
+    """The work's result; a test that waits in vain fails here."""
+    return await asyncio.wait_for(work, PATIENCE)
+
+
+class Site:
+    """One data holder's end of the wire, by hand: what it sends is the test's choice, right or wrong."""
+
+    def __init__(self, channel: grpc.aio.Channel, name: str) -> None:
+        self.name = name
+        self.instance = hashlib.md5(name.encode(), usedforsecurity=False).hexdigest()
+        self.stub = FederationStub(channel)
+        self.metadata: Metadata = ()
+        self.tasks: asyncio.Queue[views.Task | None] = asyncio.Queue()  # None: the stream has ended
+        self._listener: asyncio.Task[None] | None = None
+
+    async def join(self, **changes: Any) -> None:
+        """Say hello; `changes` are fields of the request."""
+        fields: dict[str, Any] = {
+            "protocol": wire.PROTOCOL,
+            "client": self.name,
+            "instance": self.instance,
+            "software": "test",
+            "data_schema": SCHEMA,
+        }
+        with typed():
+            reply = await self.stub.Join(federation_pb2.JoinRequest(**{**fields, **changes}))
+        self.metadata = ((wire.SESSION_METADATA, reply.session),)
+
+    def listen(self) -> None:
+        """Begin to receive tasks into `tasks`."""
+        self._listener = asyncio.create_task(self._listen(self.metadata, self.tasks))
+
+    async def _listen(self, metadata: Metadata, tasks: asyncio.Queue[views.Task | None]) -> None:
+        try:
+            async for message in self.stub.Listen(federation_pb2.ListenRequest(), metadata=metadata):
+                tasks.put_nowait(wire.task_from_wire(message))
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError):
+            pass
+        finally:
+            tasks.put_nowait(None)
+
+    async def come(self, **changes: Any) -> None:
+        """Join and listen, with no task left from before."""
+        self.tasks = asyncio.Queue()
+        await self.join(**changes)
+        self.listen()
+
+    async def leave(self) -> None:
+        """Stop listening."""
+        if self._listener is not None:
+            self._listener.cancel()
+            await asyncio.wait([self._listener])
+            self._listener = None
+
+    async def task(self, kind: views.TaskKind = views.TaskKind.TRAIN) -> views.Task:
+        """The next task, which must be of this kind."""
+        task = await soon(self.tasks.get())
+        assert task is not None, f"{self.name}: the stream ended"
+        assert task.kind is kind, (self.name, task.kind, task.key)
+        return task
+
+    async def fetch(self, task: views.Task, offset: int = 0) -> bytes:
+        """The task's model from this byte on, which must come in order."""
+        data = b""
+        request = federation_pb2.FetchModelRequest(run=task.key.run, version=task.model.version, offset=offset)
+        with typed():
+            async for chunk in self.stub.FetchModel(request, metadata=self.metadata):
+                assert chunk.offset == offset + len(data)
+                data += chunk.data
+        return data
+
+    def header(self, task: views.Task, data: bytes, **changes: Any) -> views.UpdateHeader:
+        """What announces these bytes; `changes` are fields of the record, and of its key."""
+        key = {name: changes.pop(name) for name in ("run", "round", "attempt") if name in changes}
+        header = views.UpdateHeader(
+            key=replace(task.key, **key),
+            weight=1,
+            layout_digest=task.model.layout_digest,
+            nbytes=len(data),
+            sha256=hashlib.sha256(data).digest(),
+            offset=0,
+            tally={"examples": 1, "loss": 1 << 20},
+            training_seconds=0.25,
+        )
+        return replace(header, **changes)
+
+    async def send(self, header: views.UpdateHeader, chunks: Iterable[tuple[int, bytes]]) -> bool:
+        """One SubmitUpdate with exactly these chunks, which then ends; True for a duplicate."""
+
+        async def parts() -> AsyncIterator[federation_pb2.SubmitUpdateRequest]:
+            yield federation_pb2.SubmitUpdateRequest(header=wire.header_to_wire(header))
+            for offset, data in chunks:
+                yield federation_pb2.SubmitUpdateRequest(chunk=federation_pb2.Chunk(offset=offset, data=data))
+
+        with typed():
+            reply = await soon(self.stub.SubmitUpdate(parts(), metadata=self.metadata))
+        return bool(reply.duplicate)
+
+    async def submit(self, task: views.Task, delta: Flat, **changes: Any) -> bool:
+        """The whole update as a good client sends it, but for `changes` of its header."""
+        data = delta.tobytes()
+        header = self.header(task, data, **changes)
+        return await self.send(header, chunks(data, header.offset))
+
+    async def status(self, task: views.Task, data: bytes) -> tuple[int, bool]:
+        """(bytes that the server has, whether the update is counted)."""
+        key = wire.key_to_wire(task.key)
+        request = federation_pb2.UploadStatusRequest(key=key, sha256=hashlib.sha256(data).digest())
+        with typed():
+            reply = await self.stub.UploadStatus(request, metadata=self.metadata)
+        return reply.received_bytes, reply.complete
+
+    async def score(self, task: views.Task, tally: dict[str, int], version: int | None = None) -> bool:
+        """Answer an evaluation task; True for a duplicate."""
+        request = federation_pb2.SubmitEvaluationRequest(
+            key=wire.key_to_wire(task.key), version=task.model.version if version is None else version, tally=tally
+        )
+        with typed():
+            reply = await self.stub.SubmitEvaluation(request, metadata=self.metadata)
+        return bool(reply.duplicate)
+
+    async def fail(self, task: views.Task, reason: str = "DataError", message: str = "no data") -> None:
+        """Report that the task cannot be done."""
+        request = federation_pb2.ReportFailureRequest(key=wire.key_to_wire(task.key), reason=reason, message=message)
+        with typed():
+            await self.stub.ReportFailure(request, metadata=self.metadata)
+
+
+def chunks(data: bytes, start: int = 0) -> list[tuple[int, bytes]]:
+    """The chunks of the wire from byte `start` on, cut here by hand."""
+    return [(offset, data[offset : offset + CHUNK_BYTES]) for offset in range(start, len(data), CHUNK_BYTES)]
+
+
+class Daemon:
+    """A daemon that serves, and its operator's calls."""
+
+    def __init__(self, address: str, settings: ServerSettings, channel: grpc.aio.Channel) -> None:
+        assert settings.state is not None
+        self.address = address
+        self.settings = settings
+        self.state: Path = settings.state
+        self.channel = channel
+        self.stub = AdminStub(channel)
+        self.sites: list[Site] = []
+
+    def site(self, name: str) -> Site:
+        """A client that has not joined yet."""
+        site = Site(self.channel, name)
+        self.sites.append(site)
+        return site
+
+    async def arrive(self, *names: str, **changes: Any) -> list[Site]:
+        """Clients that have joined and listen."""
+        sites = [self.site(name) for name in names]
+        for site in sites:
+            await site.come(**changes)
+        return sites
+
+    async def submit(self, spec: RunSpec, checkpoint: bytes = b"", sha256: bytes | None = None) -> views.RunView:
+        """Queue a run, from this file's bytes if there are any."""
+        return await self.submit_raw(spec.canonical(), checkpoint, sha256)
+
+    async def submit_raw(self, spec: bytes, checkpoint: bytes = b"", sha256: bytes | None = None) -> views.RunView:
+        digest = hashlib.sha256(checkpoint).digest() if sha256 is None else sha256
+        header = admin_pb2.SubmitHeader(spec=spec, checkpoint_bytes=len(checkpoint), checkpoint_sha256=digest)
+
+        async def parts() -> AsyncIterator[admin_pb2.SubmitRequest]:
+            yield admin_pb2.SubmitRequest(header=header)
+            for offset, data in chunks(checkpoint):
+                yield admin_pb2.SubmitRequest(chunk=federation_pb2.Chunk(offset=offset, data=data))
+
+        with typed():
+            reply = await soon(self.stub.Submit(parts()))
+        return wire.run_from_wire(reply.run)
+
+    async def runs(self) -> list[views.RunView]:
+        with typed():
+            reply = await self.stub.ListRuns(admin_pb2.ListRunsRequest())
+        return [wire.run_from_wire(message) for message in reply.runs]
+
+    async def clients(self) -> dict[str, views.ClientView]:
+        with typed():
+            reply = await self.stub.ListClients(admin_pb2.ListClientsRequest())
+        return {message.client: wire.client_from_wire(message) for message in reply.clients}
+
+    async def stop(self, run: str) -> views.RunView:
+        with typed():
+            return wire.run_from_wire(await self.stub.StopRun(admin_pb2.StopRunRequest(run=run)))
+
+    async def watch(self, run: str, after: int = 0) -> AsyncIterator[views.RunView]:
+        request = admin_pb2.WatchRunRequest(run=run, after_round=after)
+        with typed():
+            async for message in self.stub.WatchRun(request):
+                yield wire.run_from_wire(message)
+
+    async def until(self, run: str, wanted: Callable[[views.RunView], bool]) -> views.RunView:
+        """The first view of the run that is as wanted."""
+
+        async def look() -> views.RunView:
+            seen = []
+            async with contextlib.aclosing(self.watch(run)) as watched:
+                async for view in watched:
+                    if wanted(view):
+                        return view
+                    seen.append((view.phase, view.round, view.reason))
+            raise AssertionError(f"the run ended: {seen}")
+
+        return await soon(look())
+
+    async def end(self, run: str) -> views.RunView:
+        """The run's last view."""
+        return await self.until(run, lambda view: view.ended)
+
+    async def export(self, run: str, offset: int = 0) -> bytes:
+        data = b""
+        with typed():
+            async for chunk in self.stub.ExportModel(admin_pb2.ExportModelRequest(run=run, offset=offset)):
+                assert chunk.offset == offset + len(data)
+                data += chunk.data
+        return data
+
+
+@contextlib.asynccontextmanager
+async def a_daemon(state: Path, **changes: Any) -> AsyncIterator[Daemon]:
+    """A daemon on a free port of the loopback interface, with its state in this folder."""
+    settings = ServerSettings(**{"port": 0, "state": state, **changes})
+    async with serving(settings) as address, grpc.aio.insecure_channel(address) as channel:
+        daemon = Daemon(address, settings, channel)
+        try:
+            yield daemon
+        finally:
+            for site in daemon.sites:
+                await site.leave()
+
+
+@pytest.fixture
+async def daemon(tmp_path: Path) -> AsyncIterator[Daemon]:
+    async with a_daemon(tmp_path / "state") as running:
+        yield running
