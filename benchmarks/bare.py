@@ -1,8 +1,8 @@
 """The bare counterpart of a round: the same bytes between the same number of processes over plain gRPC calls, and no more.
 
-A server says go to every client over a stream, each client downloads the bytes over one streaming call and uploads as many
-over another, in chunks of 512 KiB without protobuf, checks or files. Run as a process with a role:
-`python -m benchmarks.bare server|client ...`.
+A server says go to every client over a stream; each client downloads a vector over one streaming call into memory of its
+own and uploads another over a second call, in messages of 512 KiB (the contract's own Chunk), which the server puts
+together in memory. No checks, sums, files or database. Each side is a process: `python -m benchmarks.bare server|client`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
 
 from seqfed.common.transfer import CHUNK_BYTES
+from seqfed.v1.federation_pb2 import Chunk
 
 
 def measure(clients: int, size: int, rounds: int) -> float:
@@ -39,9 +40,30 @@ def measure(clients: int, size: int, rounds: int) -> float:
     return 1000 * float(statistics.median(times[1:]))
 
 
+def chunks_of(vector: memoryview) -> Iterator[Chunk]:
+    """The vector as messages."""
+    for start in range(0, len(vector), CHUNK_BYTES):
+        yield Chunk(offset=start, data=bytes(vector[start : start + CHUNK_BYTES]))
+
+
+def vector_of(size: int) -> memoryview:
+    """Memory that has been written once, as a model's has."""
+    return memoryview(bytearray(bytes(range(256)) * (size // 256 + 1)))[:size]
+
+
+async def put_together(messages: AsyncIterator[Chunk], into: memoryview) -> None:
+    """Copy every message to its place."""
+    received = 0
+    async for one in messages:
+        into[one.offset : one.offset + len(one.data)] = one.data
+        received += len(one.data)
+    assert received == len(into)
+
+
 async def serve(clients: int, size: int, rounds: int) -> None:
     """Drive the rounds; prints the port, then the rounds' seconds as JSON."""
-    chunk = bytes(CHUNK_BYTES)
+    model = vector_of(size)
+    rooms = [vector_of(size) for _ in range(clients)]
     queues: list[asyncio.Queue[bytes]] = []
     joined, arrived = asyncio.Semaphore(0), asyncio.Semaphore(0)
 
@@ -52,23 +74,22 @@ async def serve(clients: int, size: int, rounds: int) -> None:
         while True:
             yield await queue.get()
 
-    async def down(_: bytes, __: Any) -> AsyncIterator[bytes]:
-        for start in range(0, size, CHUNK_BYTES):
-            yield chunk if size - start >= CHUNK_BYTES else chunk[: size - start]
+    async def down(_: bytes, __: Any) -> AsyncIterator[Chunk]:
+        for one in chunks_of(model):
+            yield one
 
-    async def up(chunks: AsyncIterator[bytes], _: Any) -> bytes:
-        received = 0
-        async for one in chunks:
-            received += len(one)
-        assert received == size
+    async def up(messages: AsyncIterator[Chunk], _: Any) -> bytes:
+        room = rooms.pop()
+        await put_together(messages, room)
+        rooms.append(room)
         arrived.release()
         return b"."
 
     server = grpc.aio.server()
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Go": grpc.unary_stream_rpc_method_handler(go),
-        "Down": grpc.unary_stream_rpc_method_handler(down),
-        "Up": grpc.stream_unary_rpc_method_handler(up),
+        "Down": grpc.unary_stream_rpc_method_handler(down, response_serializer=Chunk.SerializeToString),
+        "Up": grpc.stream_unary_rpc_method_handler(up, request_deserializer=Chunk.FromString),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Bare", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -90,25 +111,21 @@ async def serve(clients: int, size: int, rounds: int) -> None:
 
 async def take_part(port: str, size: int) -> None:
     """Download and upload at every go."""
-    chunk = bytes(CHUNK_BYTES)
+    update, room = vector_of(size), vector_of(size)
 
-    async def chunks() -> AsyncIterator[bytes]:
-        for start in range(0, size, CHUNK_BYTES):
-            yield chunk if size - start >= CHUNK_BYTES else chunk[: size - start]
+    async def messages() -> AsyncIterator[Chunk]:
+        for one in chunks_of(update):
+            yield one
 
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        go, down, up = (
-            channel.unary_stream("/Bare/Go"),
-            channel.unary_stream("/Bare/Down"),
-            channel.stream_unary("/Bare/Up"),
-        )
+        calls: Any = channel  # without generated stubs the methods' types stay open
+        go = calls.unary_stream("/Bare/Go")
+        down = calls.unary_stream("/Bare/Down", response_deserializer=Chunk.FromString)
+        up = calls.stream_unary("/Bare/Up", request_serializer=Chunk.SerializeToString)
         try:
             async for _ in go(b""):
-                received = 0
-                async for one in down(b""):
-                    received += len(one)
-                assert received == size
-                await up(chunks())
+                await put_together(down(b""), room)
+                await up(messages())
         except grpc.aio.AioRpcError:
             return
 

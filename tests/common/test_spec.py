@@ -1,0 +1,105 @@
+"""The run's specification: its rules, and its one canonical text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from seqfed.common.config import validate, validate_json
+from seqfed.common.errors import ConfigError
+from seqfed.common.spec import CohortSpec, RunSpec
+
+DATA: dict[str, Any] = {"features": 2, "classes": 3}
+
+
+def test_canonical_json_is_what_peers_and_stored_runs_have() -> None:
+    spec = validate(RunSpec, {"seed": 1, "data": DATA}, "test")
+    assert spec.canonical() == (
+        b'{"name":"run","seed":1,"rounds":10,"data":{"features":2,"classes":3,"steps":null},'
+        b'"model":{"kind":"lstm","hidden":64,"layers":2},'
+        b'"training":{"optimizer":"adam","learning_rate":0.003,"momentum":0.0,"batch_size":32,"epochs":null,"steps":null},'
+        b'"cohort":{"min_clients":2,"fraction":null,"count":null,"quorum":null,"deadline_s":3600.0,"max_attempts":3},'
+        b'"aggregation":{"weighting":"examples"},"evaluation":{"every":1},"convergence":null}'
+    )
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {},
+        {"cohort": {"count": 3}},
+        {"cohort": {"fraction": 0.1, "min_clients": 5, "quorum": 5}},
+        {"training": {"steps": 4}},
+        {"training": {"epochs": 2, "optimizer": "sgd", "momentum": 0.9, "learning_rate": 0.1}},
+        {"convergence": {"metric": "accuracy", "patience": 1}},
+    ],
+)
+def test_the_canonical_text_reads_back_as_the_same_run(tables: dict[str, Any]) -> None:
+    spec = validate(RunSpec, {"data": DATA, **tables}, "test")
+    again = validate_json(RunSpec, spec.canonical(), "test")
+    assert again == spec
+    assert again.canonical() == spec.canonical()
+    assert again.digest == spec.digest
+
+
+def test_writing_a_default_out_does_not_make_another_run() -> None:
+    short = validate(RunSpec, {"data": DATA}, "test")
+    long = validate(RunSpec, {"data": {**DATA, "steps": None}, "rounds": 10, "model": {"layers": 2}}, "test")
+    assert short.digest == long.digest
+    assert short.digest != validate(RunSpec, {"data": DATA, "rounds": 11}, "test").digest
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"training": {"epochs": 1, "steps": 1}}, "training.epochs and training.steps exclude each other; keep one"),
+        ({"training": {"momentum": 0.9}}, "training.momentum belongs to optimizer = 'sgd', not to 'adam'"),
+        ({"cohort": {"count": 3, "fraction": 0.5}}, "cohort.count and cohort.fraction exclude each other; keep one"),
+        ({"cohort": {"count": 3, "fraction": 1.0}}, "cohort.count and cohort.fraction exclude each other; keep one"),
+        ({"cohort": {"quorum": 3}}, "cohort.quorum (3) is more than the smallest cohort (2); lower quorum"),
+        ({"cohort": {"quorum": 5, "count": 4}}, "cohort.quorum (5) is more than the smallest cohort (4)"),
+        ({"convergence": {"metric": "f1"}}, "convergence.metric = 'f1' is not one of loss, accuracy"),
+        ({"convergence": {}, "evaluation": {"every": 0}}, "convergence needs evaluations; set evaluation.every to 1"),
+        ({"rounds": 0}, "'rounds' = 0: Input should be greater than or equal to 1"),
+        ({"seed": -1}, "'seed' = -1"),
+        ({"seed": 1 << 63}, "'seed' = 9223372036854775808"),
+        ({"name": "a b"}, "'name' = 'a b'"),
+        ({"name": "line\n"}, "'name'"),
+        ({"data": {"features": 2, "classes": 1}}, "'data.classes' = 1"),
+        ({"training": {"learning_rate": float("nan")}}, "'training.learning_rate' = nan"),
+        ({"training": {"learning_rate": float("inf")}}, "'training.learning_rate' = inf"),
+        ({"training": {"learning_rate": 0}}, "'training.learning_rate' = 0"),
+        ({"cohort": {"fraction": 1.5}}, "'cohort.fraction' = 1.5"),
+        ({"model": {"kind": "transformer"}}, "'model.kind' = 'transformer': Input should be 'rnn', 'lstm' or 'gru'"),
+    ],
+)
+def test_what_contradicts_or_is_out_of_range_is_named(tables: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        validate(RunSpec, {"data": DATA, **tables}, "run.toml")
+    assert str(refused.value).startswith("run.toml: ")
+    assert said in str(refused.value)
+
+
+def test_a_specification_does_not_change() -> None:
+    spec = validate(RunSpec, {"data": DATA}, "test")
+    with pytest.raises(ValidationError, match="frozen"):
+        spec.rounds = 3  # type: ignore[misc]
+
+
+@given(st.integers(1, 20), st.none() | st.floats(0.01, 1), st.integers(0, 100))
+def test_a_cohort_is_the_share_but_never_too_few_or_too_many(least: int, fraction: float | None, more: int) -> None:
+    cohort = CohortSpec(min_clients=least, fraction=fraction)
+    connected = cohort.required + more
+    assert cohort.required == least
+    assert cohort.size(connected) == max(least, round((fraction or 1) * connected))
+    assert least <= cohort.size(connected) <= connected
+
+
+def test_a_counted_cohort_has_that_size() -> None:
+    cohort = CohortSpec(count=5, quorum=4)
+    assert (cohort.required, cohort.size(9), cohort.needed(5)) == (5, 5, 4)
+    assert CohortSpec().needed(7) == 7
