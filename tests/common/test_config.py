@@ -89,7 +89,7 @@ def test_a_file_that_is_not_text(file: Path) -> None:
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff", b'{"data": {"features": NaN, "classes": 2}}'])
 def test_json_that_is_not_a_specification(text: bytes) -> None:
-    with pytest.raises(ConfigError, match="^the task: "):
+    with pytest.raises(ConfigError, match=r"^the task: "):
         validate_json(RunSpec, text, "the task")
 
 

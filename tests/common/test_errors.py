@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import os
 
 import pytest
 
@@ -12,7 +13,9 @@ from seqfed.common.errors import SeqfedError, StorageError, StorageFull, every_e
 
 
 def test_every_class_is_found_by_its_name() -> None:
-    written = {name: one for name, one in inspect.getmembers(errors, inspect.isclass) if one.__module__ == errors.__name__}
+    written = {
+        name: one for name, one in inspect.getmembers(errors, inspect.isclass) if one.__module__ == errors.__name__
+    }
     assert every_error() == written
     assert all(issubclass(one, SeqfedError) and one.__doc__ for one in written.values())
 
@@ -27,18 +30,10 @@ def test_every_class_is_found_by_its_name() -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["model.safetensors", None, b"bytes"])
-def test_an_oserror_becomes_typed(
-    number: int, kind: type[SeqfedError], said: str, name: str | bytes | None
-) -> None:
-    plain = OSError(number, errno_text(number)) if name is None else OSError(number, errno_text(number), name)
+def test_an_oserror_becomes_typed(number: int, kind: type[SeqfedError], said: str, name: str | bytes | None) -> None:
+    plain = OSError(number, os.strerror(number), *([] if name is None else [name]))
     found = storage_error(plain, "saving the model")
     assert type(found) is kind
     assert str(found).startswith("saving the model")
     assert said in str(found)
     assert name is None or (name if isinstance(name, str) else name.decode()) in str(found)
-
-
-def errno_text(number: int) -> str:
-    import os
-
-    return os.strerror(number)

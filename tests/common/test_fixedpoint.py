@@ -5,10 +5,11 @@ from __future__ import annotations
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqfed.common.fixedpoint import FRACTION_BITS, LIMIT, decode, encode
+from seqfed.common.fixedpoint import FRACTION_BITS, LIMIT, PIECE, accumulate, mean
 
 UNIT = Fraction(1, 1 << FRACTION_BITS)
 numbers = st.floats(-4096, 4096, width=32)
@@ -21,42 +22,52 @@ def exact(values: list[float], weight: int) -> list[int]:
     return [round(Fraction(value) * weight / UNIT) for value in values]
 
 
+def summed(updates: list[tuple[int, list[float]]], size: int) -> list[int]:
+    total = np.zeros(size, np.int64)
+    for weight, values in updates:
+        accumulate(total, np.array(values, np.float32), weight)
+    return total.tolist()
+
+
 @given(weights, st.lists(numbers, max_size=8))
-def test_encode_rounds_the_product_to_the_nearest_unit(weight: int, values: list[float]) -> None:
-    assert encode(np.array(values, np.float32), weight).tolist() == exact(values, weight)
+def test_one_update_is_rounded_to_the_nearest_unit(weight: int, values: list[float]) -> None:
+    assert summed([(weight, values)], len(values)) == exact(values, weight)
 
 
-@given(updates, st.randoms(use_true_random=False))
-def test_sums_are_those_of_fractions_in_any_order(updates: list[tuple[int, list[float]]], random: object) -> None:
-    encoded = [encode(np.array(values, np.float32), weight) for weight, values in updates]
-    forwards = np.sum(encoded, axis=0, dtype=np.int64)
-    backwards = np.sum(encoded[::-1], axis=0, dtype=np.int64)
+@given(updates, st.permutations(range(5)))
+def test_sums_are_those_of_fractions_in_any_order(updates: list[tuple[int, list[float]]], order: list[int]) -> None:
+    shuffled = [updates[place] for place in order if place < len(updates)]
     expected = [sum(column) for column in zip(*(exact(values, weight) for weight, values in updates), strict=True)]
-    assert forwards.tolist() == backwards.tolist() == expected
+    assert summed(updates, 3) == summed(shuffled, 3) == expected
 
 
 @given(updates)
 def test_the_mean_is_that_of_fractions_within_float64(updates: list[tuple[int, list[float]]]) -> None:
-    total = np.zeros(3, np.int64)
-    for weight, values in updates:
-        total += encode(np.array(values, np.float32), weight)
+    total = summed(updates, 3)
     weight = sum(one for one, _ in updates)
-    for found, count in zip(decode(total, weight).tolist(), total.tolist(), strict=True):
-        mean = count * UNIT / weight
-        assert abs(Fraction(found) - mean) <= abs(mean) / (1 << 52)  # the count's and the quotient's rounding
+    for found, count in zip(mean(np.array(total, np.int64), weight).tolist(), total, strict=True):
+        expected = count * UNIT / weight
+        assert abs(Fraction(found) - expected) <= abs(expected) / (1 << 52)  # the count's and the quotient's rounding
 
 
 @given(numbers, weights)
 def test_a_single_update_comes_back(value: float, weight: int) -> None:
-    (found,) = decode(encode(np.array([value], np.float32), weight), weight).tolist()
+    (found,) = mean(np.array(summed([(weight, [value])], 1), np.int64), weight).tolist()
     assert abs(found - value) <= float(UNIT) / weight / 2 + abs(value) * 2**-52
 
 
+@pytest.mark.parametrize("size", [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 5])
+def test_long_vectors_are_summed_like_short_ones(size: int) -> None:
+    values = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    total = np.arange(size)
+    accumulate(total, values, 7)
+    assert total.tolist() == [place + count for place, count in enumerate(exact(values.tolist(), 7))]
+
+
 def test_the_limit_is_representable_on_both_sides() -> None:
-    ends = encode(np.array([LIMIT, -LIMIT], np.float32), 1)
-    assert ends.tolist() == [1 << 62, -(1 << 62)]
+    assert summed([(1, [LIMIT, -LIMIT])], 2) == [1 << 62, -(1 << 62)]
 
 
 def test_halves_go_to_the_even_unit() -> None:
-    halves = np.array([0.5, 1.5, 2.5, -0.5, -1.5], np.float32) * np.float32(UNIT)
-    assert encode(halves, 1).tolist() == [0, 2, 2, 0, -2]
+    halves = [float(UNIT) * one for one in (0.5, 1.5, 2.5, -0.5, -1.5)]
+    assert summed([(1, halves)], 5) == [0, 2, 2, 0, -2]

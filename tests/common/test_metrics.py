@@ -15,10 +15,8 @@ from seqfed.common.metrics import MEANS, SMALLER_IS_BETTER, UNIT, add, summary, 
 tallies = st.lists(st.dictionaries(st.sampled_from(["examples", "loss", "correct"]), st.integers()), max_size=8)
 
 
-@given(tallies, st.integers(0, 8), st.randoms(use_true_random=False))
-def test_add_does_not_depend_on_the_partition_or_the_order(
-    found: list[dict[str, int]], cut: int, random: st.DataObject
-) -> None:
+@given(tallies, st.integers(0, 8))
+def test_add_does_not_depend_on_the_partition_or_the_order(found: list[dict[str, int]], cut: int) -> None:
     names = {name for tally in found for name in tally}
     slow = {name: sum(tally.get(name, 0) for tally in found) for name in names}
     assert add(found) == slow

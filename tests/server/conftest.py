@@ -18,7 +18,7 @@ from google.rpc import error_details_pb2
 from hypothesis import settings as hypothesis_settings
 
 from seqfed.common import views, wire
-from seqfed.common.errors import SeqfedError, every_error
+from seqfed.common.errors import every_error
 from seqfed.common.layout import Flat
 from seqfed.common.spec import RunSpec
 from seqfed.common.transfer import CHUNK_BYTES

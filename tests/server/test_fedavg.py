@@ -229,9 +229,7 @@ def test_the_largest_update_that_passes_uses_the_room_there_is(weight: int, coho
     st.integers(1, 50),
     st.lists(st.tuples(st.integers(1, MAX_WEIGHT), st.floats(0, 1)), min_size=50, max_size=50),
 )
-def test_a_whole_cohort_of_the_largest_updates_is_summed_exactly(
-    cohort: int, members: list[tuple[int, float]]
-) -> None:
+def test_a_whole_cohort_of_the_largest_updates_is_summed_exactly(cohort: int, members: list[tuple[int, float]]) -> None:
     total, exact = empty(2), 0
     for weight, share in members[:cohort]:
         highest = np.float32(share * (1 << 32) / (weight * cohort))

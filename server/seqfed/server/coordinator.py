@@ -10,7 +10,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -82,7 +83,9 @@ class Coordinator:
         self.hub = Hub(settings.max_clients, self._client_changed)
         self.intake = Intake(settings.uploads_in_flight)
         self._runs: dict[str, Live] = {}
-        self._queue: asyncio.Queue[_Item | None] = asyncio.Queue()
+        self._items: deque[_Item] = deque()
+        self._wake = asyncio.Event()
+        self._closing = False
 
     # Life ---------------------------------------------------------------------------------------------------------
 
@@ -94,51 +97,89 @@ class Coordinator:
                 log.info("run %s: taken up again at round %d", live.run, live.state.round)
                 self._post(live, machine.Restarted())
         self._schedule()
-        while (item := await self._queue.get()) is not None:
-            await self._handle(self._runs[item.run], item)
-            self._schedule()
+        while True:
+            while self._items:
+                await self._handle(self._runs[self._items[0].run])
+                self._schedule()
+            if self._closing:
+                return
+            self._wake.clear()
+            await self._wake.wait()
 
     def close(self) -> None:
-        """Stop after the event in hand; runs stay as they are and are taken up by the next daemon."""
+        """Stop after the events in hand; runs stay as they are and are taken up by the next daemon."""
         self.hub.close()
-        self._queue.put_nowait(None)
+        self._closing = True
+        self._wake.set()
 
     def _post(self, live: Live, event: machine.Event) -> None:
-        self._queue.put_nowait(_Item(live.run, event))
+        self._put(_Item(live.run, event))
 
     async def _ask(self, live: Live, event: machine.Event, update: UpdateRow | None = None) -> None:
         """Post an event and wait until it is committed; raises the machine's or the store's refusal."""
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait(_Item(live.run, event, update, answer))
+        self._put(_Item(live.run, event, update, answer))
         await answer
+
+    def _put(self, item: _Item) -> None:
+        self._items.append(item)
+        self._wake.set()
 
     # The loop -----------------------------------------------------------------------------------------------------
 
-    async def _handle(self, live: Live, item: _Item) -> None:
+    async def _handle(self, live: Live) -> None:
+        """Take the next event, and those behind it that can share its transaction: it costs more than a step.
+
+        Events share one as long as they only fold, so no effect that others depend on is put off.
+        """
+        state, taken = live.state, list[_Item]()
+        effects, refused = list[machine.Effect](), list[tuple[_Item, Exception]]()
+        while self._items and self._items[0].run == live.run:
+            item = self._items.popleft()
+            try:
+                state, more = machine.on(live.spec, state, item.event)
+            except SeqfedError as error:
+                refused.append((item, error))
+                continue
+            taken.append(item)
+            effects.extend(more)
+            if any(not isinstance(one, machine.Fold) for one in more):
+                break
         try:
-            effects = await self._decide(live, item.event, update=item.update)
-        except Exception as error:
+            if taken:
+                await self._commit(live, state, effects, [one.update for one in taken if one.update is not None])
+        except Exception as error:  # noqa: BLE001 - the callers get it, or the log
+            refused, taken, effects = [*refused, *((one, error) for one in taken)], [], []
+        for item in taken:
             if item.answer is not None and not item.answer.done():
-                item.answer.set_exception(error)
-            elif isinstance(error, SeqfedError):
-                log.warning("run %s: %s came to nothing: %s", live.run, type(item.event).__name__, error)
-            else:
-                log.exception("run %s: %s", live.run, type(item.event).__name__)
-            return
-        if item.answer is not None and not item.answer.done():
-            item.answer.set_result(None)
+                item.answer.set_result(None)
+        for item, refusal in refused:
+            if item.answer is not None and not item.answer.done():
+                item.answer.set_exception(refusal)
+            elif item.answer is None:
+                log.warning("run %s: %s came to nothing: %s", live.run, type(item.event).__name__, refusal)
         try:
             await self._perform(live, effects)
         except Exception as error:  # whatever it is, it must end this run only, and say so
             log.exception("run %s: round %d", live.run, live.state.round)
             await self._break(live, str(error) if isinstance(error, SeqfedError) else "internal error; see the log")
 
-    async def _decide(
-        self, live: Live, event: machine.Event, *, update: UpdateRow | None = None, model: ModelFile | None = None
-    ) -> tuple[machine.Effect, ...]:
-        """The machine's step, committed with what the event brought; if that fails, nothing has changed."""
+    async def _follow(self, live: Live, event: machine.Event, model: ModelFile | None = None) -> None:
+        """A step that an effect itself brought about, and its own effects."""
+        state, effects = machine.on(live.spec, live.state, event)
+        await self._commit(live, state, effects, [], model)
+        await self._perform(live, effects)
+
+    async def _commit(
+        self,
+        live: Live,
+        state: Run,
+        effects: Sequence[machine.Effect],
+        updates: Sequence[UpdateRow],
+        model: ModelFile | None = None,
+    ) -> None:
+        """Make the new state durable with what the events brought, then true; if that fails, nothing has changed."""
         before = live.state
-        state, effects = machine.on(live.spec, before, event)
         record = self._record(live, effects, model)
         columns: dict[str, float | int] = {}
         if before.phase is Phase.QUEUED and state.phase is not Phase.QUEUED:
@@ -147,15 +188,14 @@ class Coordinator:
             columns["ended"] = time.time()
         if record is not None or state.phase in ENDED:
             columns |= {"bytes_up": live.bytes_up, "bytes_down": live.bytes_down}
-        if replace(state, present=before.present) != before or update is not None:
+        if replace(state, present=before.present) != before:
             await asyncio.to_thread(
-                self._store.commit, live.run, state, update=update, model=model, record=record, **columns
+                self._store.commit, live.run, state, updates=updates, model=model, record=record, **columns
             )
         live.state = state
         live.started = columns.get("started", live.started)
         live.ended = columns.get("ended", live.ended)
-        if update is not None:
-            live.updates[update.client] = update
+        live.updates |= {one.client: one for one in updates}
         if model is not None:
             live.model, live.version = model, before.round
             live.updates.clear()
@@ -164,7 +204,6 @@ class Coordinator:
         if state.round != before.round:
             live.mark = (time.monotonic(), live.bytes_up, live.bytes_down)
         live.tell()
-        return effects
 
     def _record(
         self, live: Live, effects: Iterable[machine.Effect], model: ModelFile | None
@@ -195,12 +234,15 @@ class Coordinator:
         )
 
     async def _perform(self, live: Live, effects: Iterable[machine.Effect]) -> None:
+        folds = [live.updates[one.client] for one in effects if isinstance(one, machine.Fold)]
+        if any(isinstance(one, machine.OpenSum) for one in effects):
+            live.sum = await asyncio.to_thread(fedavg.empty, live.layout.size, live.sum)
+        if folds:
+            await asyncio.to_thread(self._fold, live, folds)
         for effect in effects:
             match effect:
-                case machine.OpenSum():
-                    live.sum = await asyncio.to_thread(fedavg.empty, live.layout.size, live.sum)
-                case machine.Fold(client):
-                    await asyncio.to_thread(self._fold, live, live.updates[client])
+                case machine.OpenSum() | machine.Fold():
+                    pass  # done above, all at once
                 case machine.Ask(clients):
                     for client in clients:
                         self.hub.push(client, self._task(live, _ASKS[live.state.phase]))
@@ -224,15 +266,15 @@ class Coordinator:
         event = machine.DeadlinePassed(live.state.round, live.state.attempt, live.state.phase)
         live.deadline = asyncio.get_running_loop().call_later(seconds, self._post, live, event)
 
-    def _fold(self, live: Live, update: UpdateRow) -> None:
+    def _fold(self, live: Live, updates: Iterable[UpdateRow]) -> None:
         assert live.sum is not None
-        path = self._store.update_path(live.run, update.round, update.client)
-        fedavg.fold(live.sum, _weight(live.spec, update), _numbers(path))
+        for update in updates:
+            path = self._store.update_path(live.run, update.round, update.client)
+            fedavg.fold(live.sum, _weight(live.spec, update), _numbers(path))
 
     async def _commit_model(self, live: Live) -> None:
         model = await asyncio.to_thread(self._write_model, live)
-        effects = await self._decide(live, machine.ModelCommitted(live.state.round), model=model)
-        await self._perform(live, effects)
+        await self._follow(live, machine.ModelCommitted(live.state.round), model)
 
     def _write_model(self, live: Live) -> ModelFile:
         assert live.sum is not None
@@ -247,7 +289,7 @@ class Coordinator:
         if live.state.phase in ENDED:
             return
         try:
-            await self._perform(live, await self._decide(live, machine.Broken(why)))
+            await self._follow(live, machine.Broken(why))
         except SeqfedError as error:
             log.error("run %s: its end could not be saved: %s", live.run, error)
             live.state = replace(live.state, phase=Phase.FAILED, reason=why)
@@ -264,7 +306,7 @@ class Coordinator:
 
     def _schedule(self) -> None:
         """Give the turn to the oldest queued run that can begin, if nobody has it."""
-        if any(live.state.phase in ACTIVE for live in self._runs.values()) or not self._queue.empty():
+        if any(live.state.phase in ACTIVE for live in self._runs.values()) or self._items:
             return
         for live in self._runs.values():
             if live.state.phase is Phase.QUEUED:
@@ -433,7 +475,9 @@ class Coordinator:
             changed, state = live.changed, live.state
             ended = state.phase in ENDED
             last = state.round if ended else state.round - 1  # the round under way has no complete record yet
-            history = await asyncio.to_thread(self._store.history, live.run, after, last, HISTORY_MESSAGE)
+            history: list[views.RoundRecord] = []
+            if last > after:
+                history = await asyncio.to_thread(self._store.history, live.run, after, last, HISTORY_MESSAGE)
             yield self.view(live, history)
             after = history[-1].round if history else after
             if len(history) == HISTORY_MESSAGE:

@@ -26,13 +26,21 @@ class Part:
     def __init__(self, header: UpdateHeader, path: Path) -> None:
         self.header = header
         self.path = path
-        self.reassembly = Reassembly(header.nbytes, header.sha256, self._take)
+        self.reassembly = Reassembly(header.nbytes, header.sha256, self._sink)
         self.highest = 0.0  # max |delta| so far
         self.lock = asyncio.Lock()
         self.dropped = False
+        self.done = False
         self._file: IO[bytes] | None = None
 
-    def _take(self, _: int, data: bytes) -> None:
+    def take(self, offset: int, data: bytes, cohort: int, final: Path) -> None:
+        """Add the next chunk; after the last one check the whole and put it in place, durably. Raises what is wrong."""
+        self.reassembly.add(offset, data)
+        if self.reassembly.received == self.header.nbytes:
+            self._finish(cohort, final)
+            self.done = True
+
+    def _sink(self, _: int, data: bytes) -> None:
         if self.dropped:
             raise BrokenTransfer("this upload was given up: its round is over, or another one took its place")
         if len(data) % BYTES_PER_PARAMETER:
@@ -46,8 +54,7 @@ class Part:
         except OSError as error:
             raise storage_error(error, "receiving an update") from error
 
-    def finish(self, cohort: int, final: Path) -> None:
-        """Check the whole and put it in place, durably; raises what is wrong with it."""
+    def _finish(self, cohort: int, final: Path) -> None:
         self.reassembly.finish()
         fedavg.check(self.header.weight, self.highest, cohort)
         assert self._file is not None  # a layout has at least one parameter, so at least one chunk came
@@ -98,12 +105,11 @@ class Intake:
                 try:
                     async for offset, data in chunks:
                         meter(len(data))
-                        await asyncio.to_thread(part.reassembly.add, offset, data)
-                    if part.reassembly.received < header.nbytes:
+                        await asyncio.to_thread(part.take, offset, data, cohort, final)
+                    if not part.done:
                         raise BrokenTransfer(
                             f"the stream ended at byte {part.reassembly.received:,} of {header.nbytes:,}; go on from there"
                         )
-                    await asyncio.to_thread(part.finish, cohort, final)
                 except (BrokenTransfer, asyncio.CancelledError):
                     raise
                 except BaseException:

@@ -416,6 +416,12 @@ def _unmoved(_: RunSpec, run: Run, __: Event) -> Step:
     return run, ()
 
 
+def _late(_: RunSpec, run: Run, event: UpdateArrived | EvaluationArrived | TaskFailed) -> Step:
+    raise WrongRound(
+        f"an answer for round {event.round} is no longer wanted; the run is {run.phase.value} in round {run.round}"
+    )
+
+
 def _stop(_: RunSpec, run: Run, __: StopRequested) -> Step:
     reason = "stopped by the operator"
     return replace(run, phase=Phase.STOPPED, reason=reason), (Dismiss(run.pending), EndRun())
@@ -459,6 +465,9 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[type, Callable[[RunSpec, Run, Any], St
     },
     Phase.GATHERING: {
         ClientsChanged: _gathered,
+        UpdateArrived: _late,
+        EvaluationArrived: _late,
+        TaskFailed: _late,
         DeadlinePassed: _unmoved,
         StopRequested: _stop,
         Broken: _broken,
@@ -467,6 +476,7 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[type, Callable[[RunSpec, Run, Any], St
     Phase.TRAINING: {
         ClientsChanged: _trainers_changed,
         UpdateArrived: _update,
+        EvaluationArrived: _late,
         TaskFailed: _training_failed,
         DeadlinePassed: _training_deadline,
         StopRequested: _stop,
@@ -475,6 +485,9 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[type, Callable[[RunSpec, Run, Any], St
     },
     Phase.COMMITTING: {
         ClientsChanged: _present,
+        UpdateArrived: _late,
+        EvaluationArrived: _late,
+        TaskFailed: _late,
         DeadlinePassed: _unmoved,
         ModelCommitted: _committed,
         StopRequested: _stop,
@@ -483,6 +496,7 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[type, Callable[[RunSpec, Run, Any], St
     },
     Phase.EVALUATING: {
         ClientsChanged: _evaluators_changed,
+        UpdateArrived: _late,
         EvaluationArrived: _evaluation,
         TaskFailed: _evaluation_failed,
         DeadlinePassed: _evaluation_deadline,

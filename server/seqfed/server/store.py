@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,10 @@ MODELS = _table("models", ("run", "version"), "data_start", "sha256")
 ROUNDS = _table("rounds", ("run", "round"), "record")
 UPDATES = _table("updates", ("run", "client"), "round", "weight", "sha256", "tally", "training_seconds")
 CLIENTS = _table("clients", ("client",), "instance", "software", "data_schema", "seen")
+
+# Built once: in a round of small updates, building statements would cost more than running them.
+SET_STATE = RUNS.update().where(RUNS.c.run == sa.bindparam("of")).values(state=sa.bindparam("state"))
+DROP_UPDATE = UPDATES.delete().where(UPDATES.c.run == sa.bindparam("of"), UPDATES.c.client == sa.bindparam("by"))
 
 
 @dataclass(frozen=True)
@@ -118,33 +122,25 @@ class Store:
         run: str,
         state: Run,
         *,
-        update: UpdateRow | None = None,
+        updates: Sequence[UpdateRow] = (),
         model: ModelFile | None = None,
         record: RoundRecord | None = None,
         **columns: float | int,
     ) -> None:
         """In one transaction: the state, and with it what the event brought.
 
-        `update`: complete and in its file. `model`: the one that the record's round made, in its file; the
+        `updates`: complete and in their files. `model`: the one that the record's round made, in its file; the
         round's updates are then done with. `record`: the round's, new or completed. `columns`: started, ended, bytes_up,
         bytes_down of the run.
         """
         with self._transaction() as connection:
-            connection.execute(RUNS.update().where(RUNS.c.run == run).values(state=dump_state(state), **columns))
-            if update is not None:
-                _replace(
-                    connection,
-                    UPDATES,
-                    {
-                        "run": run,
-                        "client": update.client,
-                        "round": update.round,
-                        "weight": update.weight,
-                        "sha256": update.sha256,
-                        "tally": json.dumps(update.tally),
-                        "training_seconds": update.training_seconds,
-                    },
-                )
+            connection.execute(SET_STATE, {"of": run, "state": dump_state(state)})
+            if columns:
+                connection.execute(RUNS.update().where(RUNS.c.run == run).values(columns))
+            if updates:
+                rows = [{**vars(one), "run": run, "tally": json.dumps(one.tally)} for one in updates]
+                connection.execute(DROP_UPDATE, [{"of": run, "by": one.client} for one in updates])
+                connection.execute(UPDATES.insert(), rows)
             if model is not None:
                 assert record is not None  # `state` may be in the next round already
                 connection.execute(_model_row(run, record.round, model))
