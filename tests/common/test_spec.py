@@ -18,7 +18,7 @@ DATA: dict[str, Any] = {"features": 2, "classes": 3}
 
 def test_canonical_json_is_what_peers_and_stored_runs_have() -> None:
     spec = validate(RunSpec, {"seed": 1, "data": DATA}, "test")
-    assert spec.canonical() == (
+    assert spec.canonical == (
         b'{"name":"run","seed":1,"rounds":10,"data":{"features":2,"classes":3,"steps":null},'
         b'"model":{"kind":"lstm","hidden":64,"layers":2},'
         b'"training":{"optimizer":"adam","learning_rate":0.003,"momentum":0.0,"batch_size":32,"epochs":null,"steps":null},'
@@ -40,9 +40,9 @@ def test_canonical_json_is_what_peers_and_stored_runs_have() -> None:
 )
 def test_the_canonical_text_reads_back_as_the_same_run(tables: dict[str, Any]) -> None:
     spec = validate(RunSpec, {"data": DATA, **tables}, "test")
-    again = validate_json(RunSpec, spec.canonical(), "test")
+    again = validate_json(RunSpec, spec.canonical, "test")
     assert again == spec
-    assert again.canonical() == spec.canonical()
+    assert again.canonical == spec.canonical
     assert again.digest == spec.digest
 
 

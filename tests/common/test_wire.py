@@ -102,7 +102,7 @@ def test_the_bytes_of_a_task_stay_what_they_were() -> None:
     spec = RunSpec(data=DataSpec(features=2, classes=3))
     model = views.ModelVersion(2, 516, bytes(range(32)), b"\xff" * 32)
     task = views.Task(views.TaskKind.TRAIN, views.TaskKey("0123456789abcdef", 3, 1), spec, model)
-    text = spec.canonical()  # itself held in test_spec
+    text = spec.canonical  # itself held in test_spec
     length = bytes([len(text) & 0x7F | 0x80, len(text) >> 7])
     assert wire.task_to_wire(task).SerializeToString(deterministic=True) == (
         bytes.fromhex("0801 1216 0a10 30313233343536373839616263646566 1003 1801 1a")

@@ -58,6 +58,17 @@ def make_spec(**changes: Any) -> RunSpec:
     return RunSpec.model_validate(content)
 
 
+def averaged(model: Flat, *updates: tuple[int, Flat]) -> Flat:
+    """FedAvg's new model from (weight, delta) of each client, in numpy's own integers."""
+    total = sum(np.rint(delta.astype(np.float64) * (weight * 2.0**30)).astype(np.int64) for weight, delta in updates)
+    return (model + total / (sum(weight for weight, _ in updates) * 2.0**30)).astype(np.float32)
+
+
+def flat_of(file: bytes, size: int) -> Flat:
+    """The flat vector at the end of one of our model files."""
+    return np.frombuffer(file[-4 * size :], "<f4")
+
+
 def some_delta(size: int, *seed: int) -> Flat:
     """An update's numbers, the same for the same seed."""
     return np.random.default_rng(seed).normal(0, 0.01, size).astype(np.float32)
@@ -176,6 +187,12 @@ class Site:
             reply = await soon(self.stub.SubmitUpdate(parts(), metadata=self.metadata))
         return bool(reply.duplicate)
 
+    async def begin(self, header: views.UpdateHeader) -> Upload:
+        """A SubmitUpdate that stays open."""
+        call: Any = self.stub.SubmitUpdate(metadata=self.metadata)
+        await call.write(federation_pb2.SubmitUpdateRequest(header=wire.header_to_wire(header)))
+        return Upload(call)
+
     async def submit(self, task: views.Task, delta: Flat, **changes: Any) -> bool:
         """The whole update as a good client sends it, but for `changes` of its header."""
         data = delta.tobytes()
@@ -204,6 +221,27 @@ class Site:
         request = federation_pb2.ReportFailureRequest(key=wire.key_to_wire(task.key), reason=reason, message=message)
         with typed():
             await self.stub.ReportFailure(request, metadata=self.metadata)
+
+
+class Upload:
+    """A SubmitUpdate under way."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    async def write(self, offset: int, data: bytes) -> None:
+        chunk = federation_pb2.Chunk(offset=offset, data=data)
+        await self._call.write(federation_pb2.SubmitUpdateRequest(chunk=chunk))
+
+    def cut(self) -> None:
+        """The connection breaks."""
+        self._call.cancel()
+
+    async def finish(self) -> bool:
+        """Nothing more comes; True for a duplicate."""
+        with typed():
+            await self._call.done_writing()
+            return bool((await soon(self._call)).duplicate)
 
 
 def chunks(data: bytes, start: int = 0) -> list[tuple[int, bytes]]:
@@ -238,7 +276,7 @@ class Daemon:
 
     async def submit(self, spec: RunSpec, checkpoint: bytes = b"", sha256: bytes | None = None) -> views.RunView:
         """Queue a run, from this file's bytes if there are any."""
-        return await self.submit_raw(spec.canonical(), checkpoint, sha256)
+        return await self.submit_raw(spec.canonical, checkpoint, sha256)
 
     async def submit_raw(self, spec: bytes, checkpoint: bytes = b"", sha256: bytes | None = None) -> views.RunView:
         digest = hashlib.sha256(checkpoint).digest() if sha256 is None else sha256

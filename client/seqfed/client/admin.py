@@ -31,7 +31,7 @@ class Operator:
 
     async def submit(self, spec: RunSpec, initial: Path | None) -> views.RunView:
         """Queue a run, from its seed or from this safetensors file."""
-        header = admin_pb2.SubmitHeader(spec=spec.canonical())
+        header = admin_pb2.SubmitHeader(spec=spec.canonical)
         if initial is not None:
             header.checkpoint_sha256, header.checkpoint_bytes = _digest(initial)
 

@@ -97,10 +97,10 @@ def read(settings: DataSettings, path: Path, held_out: float) -> tuple[Sequences
 
 def _read_npz(path: Path) -> Sequences:
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array (.npy)")
-        with archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array (.npy)")
             arrays = {name: np.asanyarray(archive[name]) for name in archive.files}
     except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # Runtime: encrypted
         raise DataError(f"{path}: not a readable NPZ file of plain arrays: {error}") from error

@@ -12,6 +12,11 @@ from seqfed.common.spec import RunSpec
 RECURRENT: dict[str, type[nn.RNN] | type[nn.LSTM] | type[nn.GRU]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
 
+def use_threads(count: int) -> None:
+    """Threads for training in this process. Results are the same from run to run only for the same count."""
+    torch.set_num_threads(count)
+
+
 class SequenceClassifier(nn.Module):
     """A stack of recurrent layers over all steps, and a linear layer on the last step's state."""
 

@@ -14,13 +14,23 @@ class DataSettings(Settings):
     """Which file holds the sequences, and how its rows become them."""
 
     file: Path = Field(description="NPZ with x (N, T, F), y (N,) and perhaps lengths (N,); or CSV with a header line")
-    validation: Path | None = Field(None, description="a file of the same kind to score models on, never trained on")
-    validation_fraction: float = Field(0.2, ge=0, lt=1, description="held out of `file` if there is no validation file")
-    label: str | None = Field(None, description="CSV: the column with the label; a window's is that of its last row")
-    columns: tuple[str, ...] | None = Field(None, description="CSV: the feature columns; left out: all the others")
-    group: str | None = Field(None, description="CSV: the column that tells entities apart; no window crosses two")
-    window: Count | None = Field(None, description="CSV: rows in a sequence")
-    stride: Count = Field(1, description="CSV: rows from the start of one window to the next")
+    validation: Path | None = Field(
+        default=None, description="a file of the same kind to score models on, never trained on"
+    )
+    validation_fraction: float = Field(
+        default=0.2, ge=0, lt=1, description="held out of `file` if there is no validation file"
+    )
+    label: str | None = Field(
+        default=None, description="CSV: the column with the label; a window's is that of its last row"
+    )
+    columns: tuple[str, ...] | None = Field(
+        default=None, description="CSV: the feature columns; left out: all the others"
+    )
+    group: str | None = Field(
+        default=None, description="CSV: the column that tells entities apart; no window crosses two"
+    )
+    window: Count | None = Field(default=None, description="CSV: rows in a sequence")
+    stride: Count = Field(default=1, description="CSV: rows from the start of one window to the next")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -39,9 +49,13 @@ class DataSettings(Settings):
 class ClientSettings(Settings):
     """One data holder's process."""
 
-    server: str = Field("127.0.0.1:7733", description="HOST:PORT")
-    name: str | None = Field(None, description="within the federation; left out: this machine's host name")
+    server: str = Field(default="127.0.0.1:7733", description="HOST:PORT")
+    name: str | None = Field(default=None, description="within the federation; left out: this machine's host name")
     data: DataSettings
-    state: Path | None = Field(None, description="folder for what this client keeps; left out: the user's state folder")
-    threads: int = Field(1, ge=1, le=1024, description="for training; small recurrent networks gain little from more")
-    insecure: bool = Field(False, description="allow plaintext off the loopback interface")
+    state: Path | None = Field(
+        default=None, description="folder for what this client keeps; left out: the user's state folder"
+    )
+    threads: int = Field(
+        default=1, ge=1, le=1024, description="for training; small recurrent networks gain little from more"
+    )
+    insecure: bool = Field(default=False, description="allow plaintext off the loopback interface")

@@ -11,10 +11,11 @@ import numpy as np
 
 from seqfed.client.data import ClientData
 from seqfed.common.errors import LayoutMismatch, SchemaMismatch
-from seqfed.common.layout import Flat, Parameters
+from seqfed.common.layout import Flat, Layout, Parameters
 from seqfed.common.model import layout_of
 from seqfed.common.schema import misfit
 from seqfed.common.seeds import generator
+from seqfed.common.spec import RunSpec
 from seqfed.common.views import Task
 
 if TYPE_CHECKING:
@@ -42,15 +43,18 @@ class Workshop:
         self.client = client
         self.data = data
         self._threads = threads
-        self._network: tuple[str, SequenceClassifier] | None = None
+        self._checked: tuple[RunSpec, Layout] | None = None
+        self._network: tuple[RunSpec, SequenceClassifier] | None = None
         self._delta: Flat | None = None  # fresh memory costs more than the copy into it, so it is used again
 
     def check(self, task: Task) -> None:
         """Raise SchemaMismatch or LayoutMismatch if the task is not for these data or this version of the software."""
-        why = misfit(task.spec.data, self.data.schema)
-        if why is not None:
-            raise SchemaMismatch(f"client '{self.client}' {why}")
-        layout = layout_of(task.spec)
+        if self._checked is None or self._checked[0] is not task.spec:
+            why = misfit(task.spec.data, self.data.schema)
+            if why is not None:
+                raise SchemaMismatch(f"client '{self.client}' {why}")
+            self._checked = (task.spec, layout_of(task.spec))
+        layout = self._checked[1]
         if layout.digest != task.model.layout_digest or layout.nbytes != task.model.nbytes:
             raise LayoutMismatch(
                 "the server builds another model of this specification; run the same version of seqfed"
@@ -77,14 +81,11 @@ class Workshop:
         return training.evaluate(self._prepared(task, flat), self.data.validation)
 
     def _prepared(self, task: Task, flat: Flat) -> SequenceClassifier:
-        import torch
+        from seqfed.client.network import SequenceClassifier, use_threads
 
-        from seqfed.client.network import SequenceClassifier
-
-        torch.set_num_threads(self._threads)
-        digest = task.spec.digest
-        if self._network is None or self._network[0] != digest:
-            self._network = (digest, SequenceClassifier(task.spec))
+        use_threads(self._threads)
+        if self._network is None or self._network[0] is not task.spec:
+            self._network = (task.spec, SequenceClassifier(task.spec))
         network = self._network[1]
         network.load(Parameters(network.layout, np.asarray(flat)))
         return network

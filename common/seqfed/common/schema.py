@@ -14,7 +14,7 @@ class DataSchema(Settings):
     steps: int | None = Field(ge=1, description="steps of every sequence; None when they differ")
     classes: int = Field(ge=1, le=1_000_000, description="highest label + 1")
     examples: int = Field(ge=1, description="sequences to train on")
-    validation_examples: int = Field(0, ge=0, description="sequences to score models on")
+    validation_examples: int = Field(default=0, ge=0, description="sequences to score models on")
 
 
 def misfit(data: DataSpec, schema: DataSchema) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -23,26 +24,28 @@ class DataSpec(Settings):
 
     features: Count = Field(description="numbers a step")
     classes: int = Field(ge=2, le=1_000_000, description="labels are 0 to classes - 1")
-    steps: Count | None = Field(None, description="steps a sequence; left out: any length")
+    steps: Count | None = Field(default=None, description="steps a sequence; left out: any length")
 
 
 class ModelSpec(Settings):
     """A recurrent network over the steps and a linear layer on the last one."""
 
     kind: Literal["rnn", "lstm", "gru"] = "lstm"
-    hidden: int = Field(64, ge=1, le=65_536, description="units a layer")
-    layers: int = Field(2, ge=1, le=64)
+    hidden: int = Field(default=64, ge=1, le=65_536, description="units a layer")
+    layers: int = Field(default=2, ge=1, le=64)
 
 
 class TrainingSpec(Settings):
     """One client's local training in one round."""
 
     optimizer: Literal["sgd", "adam"] = "adam"
-    learning_rate: float = Field(3e-3, gt=0, le=100)
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    learning_rate: float = Field(default=3e-3, gt=0, le=100)
+    momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd")
     batch_size: Count = 32
-    epochs: Count | None = Field(None, description="passes over the client's data a round; 1 if steps is left out too")
-    steps: Count | None = Field(None, description="batches a round, instead of epochs")
+    epochs: Count | None = Field(
+        default=None, description="passes over the client's data a round; 1 if steps is left out too"
+    )
+    steps: Count | None = Field(default=None, description="batches a round, instead of epochs")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -56,17 +59,19 @@ class TrainingSpec(Settings):
 class CohortSpec(Settings):
     """Who is asked in a round, and how many must answer until when."""
 
-    min_clients: Count = Field(2, description="how many fitting clients must be connected before a round begins")
+    min_clients: Count = Field(
+        default=2, description="how many fitting clients must be connected before a round begins"
+    )
     # None, not 1.0, when left out: the canonical JSON names every key, and read back it must not contradict `count`.
     fraction: float | None = Field(
         None, gt=0, le=1, description="of the connected clients, at least min_clients of them; left out: all"
     )
-    count: Count | None = Field(None, description="clients a round, instead of fraction")
+    count: Count | None = Field(default=None, description="clients a round, instead of fraction")
     quorum: Count | None = Field(
         None, description="updates that suffice at the deadline; left out: all that were asked"
     )
-    deadline_s: float = Field(3600.0, gt=0, le=30 * 86_400, description="seconds for a round's training")
-    max_attempts: int = Field(3, ge=1, le=1000, description="tries at one round before the run fails")
+    deadline_s: float = Field(default=3600.0, gt=0, le=30 * 86_400, description="seconds for a round's training")
+    max_attempts: int = Field(default=3, ge=1, le=1000, description="tries at one round before the run fails")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -105,15 +110,15 @@ class AggregationSpec(Settings):
 class EvaluationSpec(Settings):
     """Federated evaluation: the connected clients score each new model on their own validation data."""
 
-    every: int = Field(1, ge=0, le=1_000_000, description="rounds between evaluations; 0 for none")
+    every: int = Field(default=1, ge=0, le=1_000_000, description="rounds between evaluations; 0 for none")
 
 
 class ConvergenceSpec(Settings):
     """Stop before the last round when a metric no longer improves."""
 
-    metric: str = Field("loss", description=" | ".join(MEANS))
-    patience: Count = Field(5, description="evaluations without improvement")
-    min_delta: float = Field(0.0, ge=0, description="a change that counts as improvement")
+    metric: str = Field(default="loss", description=" | ".join(MEANS))
+    patience: Count = Field(default=5, description="evaluations without improvement")
+    min_delta: float = Field(default=0.0, ge=0, description="a change that counts as improvement")
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -125,8 +130,8 @@ class ConvergenceSpec(Settings):
 class RunSpec(Settings):
     """One training job. Its canonical JSON is what travels, and its digest is what names it."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="1 to 64 of A-Z a-z 0-9 . _ -")
-    seed: int = Field(0, ge=0, lt=1 << 63)
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="1 to 64 of A-Z a-z 0-9 . _ -")
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     rounds: Count = 10
     data: DataSpec
     model: ModelSpec = ModelSpec()
@@ -142,11 +147,12 @@ class RunSpec(Settings):
             raise ValueError("convergence needs evaluations; set evaluation.every to 1 or more")
         return self
 
+    @cached_property
     def canonical(self) -> bytes:
         """The one JSON text of this specification."""
-        return self.model_dump_json(exclude_unset=False).encode()
+        return self.model_dump_json().encode()
 
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, in hex."""
-        return hashlib.sha256(self.canonical()).hexdigest()
+        return hashlib.sha256(self.canonical).hexdigest()

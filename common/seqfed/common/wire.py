@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Final
 
@@ -48,9 +49,13 @@ def task_to_wire(task: views.Task) -> federation_pb2.Task:
         sha256=task.model.sha256,
         layout_digest=task.model.layout_digest,
     )
-    return federation_pb2.Task(
-        kind=_KINDS[task.kind], key=key_to_wire(task.key), spec=task.spec.canonical(), model=model
-    )
+    return federation_pb2.Task(kind=_KINDS[task.kind], key=key_to_wire(task.key), spec=task.spec.canonical, model=model)
+
+
+@functools.lru_cache(maxsize=16)
+def _spec(text: bytes) -> RunSpec:
+    """The same text gives the same object, so a run's tasks share one specification."""
+    return validate_json(RunSpec, text, "the task's specification")
 
 
 def task_from_wire(message: federation_pb2.Task) -> views.Task:
@@ -59,7 +64,7 @@ def task_from_wire(message: federation_pb2.Task) -> views.Task:
     return views.Task(
         _KINDS_BACK[message.kind],
         key_from_wire(message.key),
-        validate_json(RunSpec, message.spec, "the task's specification"),
+        _spec(message.spec),
         views.ModelVersion(model.version, model.bytes, model.sha256, model.layout_digest),
     )
 
@@ -135,7 +140,7 @@ def run_to_wire(view: views.RunView) -> admin_pb2.RunStatus:
         bytes_up=view.bytes_up,
         bytes_down=view.bytes_down,
         seconds=view.seconds,
-        spec=view.spec.canonical(),
+        spec=view.spec.canonical,
         ended=view.ended,
     )
 

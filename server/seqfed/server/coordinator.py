@@ -279,7 +279,7 @@ class Coordinator:
     def _write_model(self, live: Live) -> ModelFile:
         assert live.sum is not None
         old = (np.frombuffer(piece, "<f4") for piece in live.model.pieces())
-        metadata = {"run": live.run, "round": str(live.state.round), "spec": live.spec.canonical().decode()}
+        metadata = {"run": live.run, "round": str(live.state.round), "spec": live.spec.canonical.decode()}
         return checkpoint.write(
             self._store.model_path(live.run, live.state.round), live.layout, fedavg.finish(live.sum, old), metadata
         )
@@ -434,7 +434,7 @@ class Coordinator:
 
         def prepare() -> ModelFile:
             parameters = initial_parameters(spec) if initial is None else checkpoint.load(initial, layout)
-            metadata = {"run": run, "round": "0", "spec": spec.canonical().decode()}
+            metadata = {"run": run, "round": "0", "spec": spec.canonical.decode()}
             model = checkpoint.save(self._store.model_path(run, 0), parameters, metadata)
             self._store.create(run, spec, model)
             return model

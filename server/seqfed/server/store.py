@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+import sqlalchemy.exc
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import event
@@ -112,7 +113,7 @@ class Store:
         with self._transaction() as connection:
             connection.execute(
                 RUNS.insert().values(
-                    run=run, spec=spec.canonical().decode(), state=dump_state(Run()), bytes_up=0, bytes_down=0
+                    run=run, spec=spec.canonical.decode(), state=dump_state(Run()), bytes_up=0, bytes_down=0
                 )
             )
             connection.execute(_model_row(run, 0, model))

@@ -45,6 +45,13 @@ class Processes:
                 last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
                 raise ServerUnavailable(f"{name} ended with status {process.returncode}: {last[0]} (see {log})")
 
+    def kill(self, name: str) -> None:
+        """End a process without warning, and forget it."""
+        for one in [one for one in self._started if one[0] == name]:
+            one[1].kill()
+            one[1].wait()
+            self._started.remove(one)
+
     def stop(self) -> None:
         """Stop all, clients before the server; kill what does not stop in time."""
         for _, process in reversed(self._started):

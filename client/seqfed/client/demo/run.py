@@ -113,8 +113,8 @@ def split_digits(settings: Settings) -> list[ClientData]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ConfigError("the demo needs scikit-learn and matplotlib: pip install 'seqfed[demo]'") from None
-    digits = load_digits()
-    everything = Sequences((digits.images / 16).astype(np.float32), digits.target.astype(np.int64))
+    pixels, labels = load_digits(return_X_y=True)
+    everything = Sequences((pixels.reshape(-1, 8, 8) / 16).astype(np.float32), labels.astype(np.int64))
     draw = generator(settings.seed, "demo split")
     order = draw.permutation(len(everything))
     cut = int(HELD_OUT * len(everything))
@@ -199,12 +199,10 @@ def baselines(
 def _train_centrally(
     spec: RunSpec, training: TrainingSpec, data: Sequences, held_out: Sequences, tick: Callable[[], bool]
 ) -> float:
-    import torch
-
-    from seqfed.client.network import SequenceClassifier
+    from seqfed.client.network import SequenceClassifier, use_threads
     from seqfed.client.training import evaluate, train
 
-    torch.set_num_threads(1)
+    use_threads(1)
     network = SequenceClassifier(spec)
     network.load(initial_parameters(spec))
     train(network, data, training, generator(spec.seed, "baseline"), tick)

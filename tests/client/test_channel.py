@@ -1,0 +1,77 @@
+"""Failed calls raised again as what they were at the server."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from seqfed.client.channel import connected, raising
+from seqfed.common.errors import (
+    ConfigError,
+    InsecureRefused,
+    InternalError,
+    SeqfedError,
+    ServerUnavailable,
+    every_error,
+)
+from seqfed.common.wire import ERROR_DOMAIN
+
+WHERE = "fed.example.org:7733"
+
+
+def failed(code: grpc.StatusCode, message: str = "", reason: str = "", domain: str = ERROR_DOMAIN) -> Exception:
+    """What grpc.aio raises for this answer."""
+    metadata = grpc.aio.Metadata()
+    if reason:
+        detail = any_pb2.Any()
+        detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain=domain))
+        status = status_pb2.Status(code=code.value[0], message=message, details=[detail])
+        metadata.add("grpc-status-details-bin", status.SerializeToString())
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), metadata, message)
+
+
+def raised(error: Exception) -> SeqfedError:
+    with pytest.raises(SeqfedError) as found, raising(WHERE):
+        raise error
+    return found.value
+
+
+@pytest.mark.parametrize("name", every_error())
+def test_the_servers_error_is_raised_again(name: str) -> None:
+    found = raised(failed(grpc.StatusCode.FAILED_PRECONDITION, "why", name))
+    assert type(found) is every_error()[name]
+    assert str(found) == "why"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (failed(grpc.StatusCode.UNAVAILABLE), ServerUnavailable, f"no server answers at {WHERE} (unavailable)"),
+        (failed(grpc.StatusCode.DEADLINE_EXCEEDED), ServerUnavailable, "is `seqfed server` running there"),
+        (failed(grpc.StatusCode.CANCELLED), ServerUnavailable, "(cancelled)"),
+        (failed(grpc.StatusCode.UNIMPLEMENTED), ServerUnavailable, f"{WHERE} is not a seqfed server of this version"),
+        (failed(grpc.StatusCode.INTERNAL, "oops"), InternalError, f"{WHERE}: INTERNAL: oops"),
+        (failed(grpc.StatusCode.INTERNAL, "oops", "TooLarge", "other.org"), InternalError, "INTERNAL: oops"),
+        (failed(grpc.StatusCode.ABORTED, "new here", "FromTheFuture"), SeqfedError, "new here"),
+        (grpc.aio.UsageError("Channel is closed."), ServerUnavailable, f"the connection to {WHERE} was closed"),
+    ],
+    ids=["away", "late", "cancelled", "stranger", "internal", "another domain", "unknown class", "closed"],
+)
+def test_other_failures_are_typed_too(error: Exception, kind: type[SeqfedError], said: str) -> None:
+    found = raised(error)
+    assert type(found) is kind
+    assert said in str(found)
+
+
+def test_what_is_no_failed_call_passes() -> None:
+    with pytest.raises(ZeroDivisionError), raising(WHERE):
+        _ = 1 / 0
+
+
+@pytest.mark.parametrize(("address", "kind"), [("10.0.0.1:1", InsecureRefused), ("a:b", ConfigError)])
+async def test_a_bad_address_is_refused_before_anything_is_sent(address: str, kind: type[SeqfedError]) -> None:
+    with pytest.raises(kind):
+        async with connected(address, insecure=False):
+            pytest.fail("there is a channel")

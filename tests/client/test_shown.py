@@ -1,0 +1,153 @@
+"""Runs and clients as people and programs read them."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.table import Table
+
+from seqfed.client.shown import (
+    client_dict,
+    clients_table,
+    progress_table,
+    round_dict,
+    round_row,
+    run_dict,
+    runs_table,
+    size,
+)
+from seqfed.common.schema import DataSchema
+from seqfed.common.spec import DataSpec, RunSpec
+from seqfed.common.views import ClientView, RoundRecord, RunView
+
+RECORD = RoundRecord(
+    round=2,
+    attempt=1,
+    cohort=("a", "b", "c"),
+    folded=("a", "b"),
+    training={"examples": 4, "loss": 2 << 20},
+    evaluation={"examples": 8, "loss": 1 << 20, "correct": 6},
+    bytes_up=1_000_000,
+    bytes_down=500_000,
+    seconds=1.23456,
+    slowest_training_seconds=0.5,
+)
+SPEC = RunSpec(data=DataSpec(features=1, classes=2))
+
+
+def view(reason: str = "waiting for 1 more", ended: bool = False) -> RunView:
+    return RunView(
+        run="0123456789abcdef",
+        name="trial",
+        phase="training",
+        round=3,
+        rounds=9,
+        attempt=1,
+        cohort=("a", "b", "c"),
+        pending=("c",),
+        reason=reason,
+        history=(RECORD,),
+        bytes_up=1_000_000,
+        bytes_down=2_000_000,
+        seconds=61.5,
+        spec=SPEC,
+        ended=ended,
+    )
+
+
+def text(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_round_for_programs() -> None:
+    assert json.loads(json.dumps(round_dict(RECORD))) == {
+        "round": 2,
+        "attempt": 1,
+        "cohort": ["a", "b", "c"],
+        "folded": ["a", "b"],
+        "training_loss": 0.5,
+        "loss": 0.125,
+        "accuracy": 0.75,
+        "evaluated_examples": 8,
+        "bytes_up": 1_000_000,
+        "bytes_down": 500_000,
+        "seconds": 1.2346,
+        "slowest_training_seconds": 0.5,
+    }
+
+
+def test_a_round_without_evaluation_has_no_metrics() -> None:
+    bare = RoundRecord(1, 1, ("a",), ("a",))
+    assert round_dict(bare).keys().isdisjoint({"loss", "accuracy"})
+    assert round_dict(bare)["training_loss"] is None
+    assert round_row(bare) == ("1", "done", "1/1", "-", "-", "0 B", "0.00")
+
+
+def test_a_round_for_people() -> None:
+    assert round_row(RECORD) == ("2", "done", "2/3", "0.1250", "0.7500", "1.5 MB", "1.23")
+
+
+def test_a_run_for_programs() -> None:
+    found = json.loads(json.dumps(run_dict(view())))
+    assert found["history"] == [json.loads(json.dumps(round_dict(RECORD)))]
+    assert found.keys() == vars(view()).keys() - {"spec"}
+    assert (found["run"], found["pending"], found["ended"]) == ("0123456789abcdef", ["c"], False)
+
+
+@pytest.mark.parametrize("reason", ["waiting for 1 more", "client a: [/red] [bold]x[0, 1] is not finite", "[link=a]b"])
+def test_reasons_are_shown_as_they_are(reason: str) -> None:
+    assert reason in text(runs_table([view(reason)]))
+    assert reason in text(progress_table(view(reason), []))
+
+
+def test_the_runs_table() -> None:
+    shown = text(runs_table([view()]))
+    for said in ("0123456789abcdef", "trial", "training", "3/9", "1.0 MB", "2.0 MB", "61.5"):
+        assert said in shown
+
+
+def test_progress_shows_the_newest_rounds_and_the_one_under_way() -> None:
+    rounds = [RoundRecord(number, 1, ("a",), ("a",)) for number in range(101, 121)]
+    lines = [line.split("│")[1:3] for line in text(progress_table(view(), rounds, last=2)).splitlines() if "│" in line]
+    assert [(one.strip(), other.strip()) for one, other in lines] == [
+        ("119", "done"),
+        ("120", "done"),
+        ("3", "training"),
+    ]
+    assert "2/3" in text(progress_table(view(), []))
+    assert "2/3" not in text(progress_table(view(ended=True), []))
+
+
+def test_clients() -> None:
+    schema = DataSchema(features=4, steps=None, classes=2, examples=77, validation_examples=11)
+    client = ClientView("ward-1", connected=False, seconds=12.345, task="", schema=schema, software="0.1.0")
+    assert json.loads(json.dumps(client_dict(client))) == {
+        "client": "ward-1",
+        "connected": False,
+        "seconds": 12.3,
+        "task": "",
+        "software": "0.1.0",
+        "features": 4,
+        "steps": None,
+        "classes": 2,
+        "examples": 77,
+        "validation_examples": 11,
+    }
+    shown = text(clients_table([client]))
+    for said in ("ward-1", "away", "12 s", "77", "11", "4"):
+        assert said in shown
+
+
+@given(st.integers(0, 10**15))
+def test_sizes_are_within_their_last_digit(count: int) -> None:
+    number, unit = size(count).split()
+    factor = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}[unit]
+    assert abs(float(number) * factor - count) <= factor / 20 * (unit != "B") + 1e-9 * count

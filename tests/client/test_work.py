@@ -1,0 +1,118 @@
+"""A task's computation: the delta that the design's one line promises, whatever the workshop did before."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from seqfed.client import training
+from seqfed.client.data import ClientData, Sequences
+from seqfed.client.network import SequenceClassifier
+from seqfed.client.work import Workshop
+from seqfed.common.config import validate
+from seqfed.common.errors import LayoutMismatch, SchemaMismatch
+from seqfed.common.layout import Flat
+from seqfed.common.model import initial_parameters, layout_of
+from seqfed.common.seeds import generator
+from seqfed.common.spec import RunSpec
+from seqfed.common.views import ModelVersion, Task, TaskKey, TaskKind
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def sequences(size: int) -> Sequences:
+    draw = np.random.default_rng(size)
+    return Sequences(draw.normal(size=(size, 4, 3)).astype(np.float32), draw.integers(0, 2, size))
+
+
+def task(round_: int = 1, **tables: Any) -> Task:
+    content = {"data": {"features": 3, "classes": 2}, "model": {"hidden": 4, "layers": 1}, **tables}
+    spec = validate(RunSpec, content, "test")
+    layout = layout_of(spec)
+    return Task(TaskKind.TRAIN, TaskKey("run", round_, 1), spec, ModelVersion(0, layout.nbytes, b"", layout.digest))
+
+
+def model(of: Task) -> Flat:
+    return initial_parameters(of.spec).flat
+
+
+def workshop(client: str = "ward") -> Workshop:
+    return Workshop(client, ClientData(sequences(20), sequences(7)), threads=1)
+
+
+def never() -> bool:
+    return False
+
+
+def test_an_update_is_the_local_model_less_the_global_one() -> None:
+    given = task()
+    flat = model(given)
+    update = workshop().train(given, flat, never)
+    network = SequenceClassifier(given.spec)
+    network.load(initial_parameters(given.spec))
+    draw = generator(given.spec.seed, 1, "ward", "batches")
+    trained = training.train(network, sequences(20), given.spec.training, draw)
+    assert update.delta.tobytes() == (network.save().flat - model(given)).tobytes()
+    assert update.sha256 == hashlib.sha256(update.delta.tobytes()).digest()
+    assert (update.weight, update.tally) == (20, trained.tally)
+    assert flat.tobytes() == model(given).tobytes()
+
+
+def test_what_was_done_before_leaves_no_trace() -> None:
+    fresh = workshop().train(task(), model(task()), never).delta.copy()
+    used = workshop()
+    for other in (task(2), task(model={"hidden": 9}), task(training={"learning_rate": 0.5})):
+        used.train(other, model(other), never)
+    used.evaluate(task(), model(task()) + 1)
+    assert used.train(task(), model(task()), never).delta.tobytes() == fresh.tobytes()
+
+
+def test_a_cancelled_training_leaves_no_trace() -> None:
+    fresh = workshop().train(task(), model(task()), never).delta.copy()
+    used = workshop()
+    with pytest.raises(training.Cancelled):
+        used.train(task(), model(task()), lambda: True)
+    assert used.train(task(), model(task()), never).delta.tobytes() == fresh.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("client", "other"), [("icu", task()), ("ward", task(2)), ("ward", task(seed=1))], ids=["client", "round", "seed"]
+)
+def test_each_client_round_and_seed_draws_its_own_batches(client: str, other: Task) -> None:
+    flat = model(task())
+    one = workshop().train(task(), flat, never).delta
+    assert workshop(client).train(other, flat, never).delta.tobytes() != one.tobytes()
+
+
+def test_another_attempt_is_the_same_work() -> None:
+    given = task()
+    again = replace(given, key=replace(given.key, attempt=2))
+    one = workshop().train(given, model(given), never)
+    assert workshop().train(again, model(given), never).sha256 == one.sha256
+
+
+def test_scores_are_those_of_the_validation_data() -> None:
+    given = task()
+    network = SequenceClassifier(given.spec)
+    network.load(initial_parameters(given.spec))
+    assert workshop().evaluate(given, model(given)) == training.evaluate(network, sequences(7))
+
+
+def test_a_task_that_fits_passes() -> None:
+    workshop().check(task())
+
+
+def test_a_task_for_other_data_is_refused() -> None:
+    with pytest.raises(SchemaMismatch, match="client 'ward' has 3 features a step, the run wants 5"):
+        workshop().check(task(data={"features": 5, "classes": 2}))
+
+
+@pytest.mark.parametrize("change", [{"layout_digest": b"other"}, {"nbytes": 4}])
+def test_a_task_of_another_model_is_refused(change: dict[str, Any]) -> None:
+    given = task()
+    with pytest.raises(LayoutMismatch, match="run the same version of seqfed"):
+        workshop().check(replace(given, model=replace(given.model, **change)))
