@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("seqfed", deadline=None, max_examples=50)  # a busy machine is no failure
+settings.load_profile("seqfed")
 
 
 @pytest.fixture

@@ -62,8 +62,8 @@ def test_windows_never_cross_entities_and_no_entity_is_on_both_sides(
     try:
         data = load(settings)
     except DataError as error:
-        assert "use a smaller window" in str(error)
-        assume(False)
+        assume("use a smaller window" not in str(error))
+        raise
     sides = [{int(age) for x, _ in windows(side) for _, age in x} for side in (data.training, data.validation)]
     assert sides[0] & sides[1] == set()
     assert len(sides[1]) <= min(int(held_out * len(entities)), len(entities) - 1)
@@ -172,7 +172,7 @@ def test_the_arrays_come_as_they_are(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **given)  # type: ignore[arg-type] # a dictionary of arrays is no flag
     data = load(DataSettings(file=tmp_path / "a.npz", validation_fraction=0.0)).training
     assert data.lengths is not None
-    assert (data.x.dtype, data.y.dtype, data.lengths.dtype) == (np.float32, np.int64, np.int64)
+    assert [one.dtype.name for one in (data.x, data.y, data.lengths)] == ["float32", "int64", "int64"]
     assert data.x.tobytes() == given["x"].tobytes()
     assert (data.y.tolist(), data.lengths.tolist()) == (given["y"].tolist(), given["lengths"].tolist())
 

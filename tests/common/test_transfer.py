@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from seqfed.common.transfer import Reassembly, split
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_chunks() -> object:
+def small_chunks() -> Iterator[None]:
     """Chunks of 4 bytes, so that many cases are quick."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transfer, "CHUNK_BYTES", 4)

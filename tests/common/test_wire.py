@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seqfed.common import views, wire
-from seqfed.common.errors import ConfigError, InvalidName
+from seqfed.common.errors import ConfigError, InvalidName, VersionMismatch
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import CohortSpec, ConvergenceSpec, DataSpec, EvaluationSpec, ModelSpec, RunSpec, TrainingSpec
 from seqfed.v1 import federation_pb2
@@ -124,7 +124,7 @@ def test_a_specification_that_is_none_is_refused(spec: bytes) -> None:
 
 
 def test_a_kind_from_the_future_is_refused() -> None:
-    with pytest.raises(KeyError):
+    with pytest.raises(VersionMismatch, match="no task of kind"):
         wire.task_from_wire(federation_pb2.Task(spec=b"{}"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -237,9 +238,11 @@ class Upload:
         """The connection breaks."""
         self._call.cancel()
 
-    async def finish(self) -> bool:
-        """Nothing more comes; True for a duplicate."""
+    async def finish(self, *rest: tuple[int, bytes]) -> bool:
+        """Nothing more comes than these chunks; True for a duplicate."""
         with typed():
+            for offset, data in rest:
+                await self.write(offset, data)
             await self._call.done_writing()
             return bool((await soon(self._call)).duplicate)
 
@@ -266,6 +269,11 @@ class Daemon:
         site = Site(self.channel, name)
         self.sites.append(site)
         return site
+
+    async def leave(self) -> None:
+        """All clients stop listening."""
+        for site in self.sites:
+            await site.leave()
 
     async def arrive(self, *names: str, **changes: Any) -> list[Site]:
         """Clients that have joined and listen."""
@@ -306,10 +314,13 @@ class Daemon:
             return wire.run_from_wire(await self.stub.StopRun(admin_pb2.StopRunRequest(run=run)))
 
     async def watch(self, run: str, after: int = 0) -> AsyncIterator[views.RunView]:
-        request = admin_pb2.WatchRunRequest(run=run, after_round=after)
-        with typed():
-            async for message in self.stub.WatchRun(request):
-                yield wire.run_from_wire(message)
+        call = self.stub.WatchRun(admin_pb2.WatchRunRequest(run=run, after_round=after))
+        try:
+            with typed():
+                async for message in call:
+                    yield wire.run_from_wire(message)
+        finally:
+            call.cancel()  # now; left to the garbage collector it would hold up the daemon's stop
 
     async def until(self, run: str, wanted: Callable[[views.RunView], bool]) -> views.RunView:
         """The first view of the run that is as wanted."""
@@ -326,8 +337,13 @@ class Daemon:
         return await soon(look())
 
     async def end(self, run: str) -> views.RunView:
-        """The run's last view."""
-        return await self.until(run, lambda view: view.ended)
+        """The run's last view, with all its rounds."""
+
+        async def look() -> views.RunView:
+            seen = [view async for view in self.watch(run)]
+            return replace(seen[-1], history=tuple(record for view in seen for record in view.history))
+
+        return await soon(look())
 
     async def export(self, run: str, offset: int = 0) -> bytes:
         data = b""
@@ -338,17 +354,27 @@ class Daemon:
         return data
 
 
+@contextlib.contextmanager
+def busy_database(state: Path) -> Iterator[None]:
+    """Another writer holds the daemon's database, so whatever it wants to commit waits for the end of the block."""
+    other = sqlite3.connect(state / "seqfed.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        other.execute("ROLLBACK")
+        other.close()
+
+
 @contextlib.asynccontextmanager
 async def a_daemon(state: Path, **changes: Any) -> AsyncIterator[Daemon]:
-    """A daemon on a free port of the loopback interface, with its state in this folder."""
+    """A daemon on a free port of the loopback interface, with its state in this folder; it stops before its clients."""
     settings = ServerSettings(**{"port": 0, "state": state, **changes})
-    async with serving(settings) as address, grpc.aio.insecure_channel(address) as channel:
+    async with contextlib.AsyncExitStack() as after, serving(settings) as address:
+        channel = await after.enter_async_context(grpc.aio.insecure_channel(address))
         daemon = Daemon(address, settings, channel)
-        try:
-            yield daemon
-        finally:
-            for site in daemon.sites:
-                await site.leave()
+        after.push_async_callback(daemon.leave)
+        yield daemon
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -59,7 +60,7 @@ def rounds(draw: st.DrawFn) -> tuple[Flat, list[tuple[int, Flat]]]:
 
 def cut(numbers: Flat, places: Sequence[int]) -> Iterator[Flat]:
     edges = [0, *sorted(place % (len(numbers) + 1) for place in places), len(numbers)]
-    return (numbers[start:stop] for start, stop in zip(edges, edges[1:], strict=False))
+    return (numbers[start:stop] for start, stop in itertools.pairwise(edges))
 
 
 def test_the_weighted_mean_by_hand() -> None:

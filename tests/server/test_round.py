@@ -517,7 +517,7 @@ def test_a_run_that_is_over_takes_nothing(phase: Phase, kind: type) -> None:
 @pytest.mark.parametrize("phase", sorted(ACTIVE, key=lambda one: one.value))
 def test_an_update_that_is_too_late_has_the_wrong_round(phase: Phase) -> None:
     spec, run = in_phase(phase)
-    with pytest.raises(WrongRound, match="round 0 is over|is no longer wanted"):
+    with pytest.raises(WrongRound, match=r"round 0 is over|is no longer wanted"):
         on(spec, run, UpdateArrived(0, "b"))
     if phase is not Phase.TRAINING:
         with pytest.raises(WrongRound, match="is no longer wanted"):

@@ -228,7 +228,7 @@ async def test_only_the_current_version_is_served(daemon: Daemon) -> None:
         await site.submit(task, some_delta(SIZE, 1))
     new = await sites[0].task()
     assert (new.key.round, new.model.version) == (2, 1)
-    with pytest.raises(NoModel, match="version 0 .* is not served; the current one is 1"):
+    with pytest.raises(NoModel, match=r"version 0 .* is not served; the current one is 1"):
         await sites[0].fetch(old[0])
     with pytest.raises(NoModel):
         await sites[0].fetch(replace(new, model=replace(new.model, version=7)))
@@ -424,7 +424,7 @@ async def test_an_upload_goes_on_at_the_byte_where_it_broke(daemon: Daemon) -> N
     assert not await sites[0].send(replace(header, offset=CHUNK_BYTES), parts[1:])
     await sites[1].submit(await sites[1].task(), some_delta(size, 1, 1))
     view = await daemon.end(run.run)
-    assert (view.phase, view.history[0].bytes_up) == ("finished", 2 * len(data) + 0)
+    assert (view.phase, view.history[0].bytes_up) == ("finished", 2 * len(data))
     expected = averaged(initial_parameters(spec).flat, *((1, some_delta(size, number, 1)) for number in range(2)))
     assert (await model_of(daemon, run.run, size) == expected).all()
 
@@ -437,10 +437,8 @@ async def test_a_broken_connection_keeps_what_has_come(daemon: Daemon) -> None:
     task, parts = await site.task(), chunks(data)
     upload = await site.begin(site.header(task, data))
     await upload.write(*parts[0])
-    watched = daemon.watch(run.run)
     while (await site.status(task, data))[0] == 0:  # each call is a turn of the server's loop
-        await soon(anext(aiter(daemon.watch(run.run))))
-    await watched.aclose()
+        pass
     upload.cut()
     received, complete = await site.status(task, data)
     assert (received, complete) == (CHUNK_BYTES, False)
@@ -472,12 +470,11 @@ async def test_another_update_takes_the_place_of_an_incomplete_one(daemon: Daemo
     upload = await site.begin(site.header(task, old))
     await upload.write(*chunks(old)[0])
     while (await site.status(task, old))[0] == 0:
-        await daemon.runs()
+        pass
     assert not await site.submit(task, new)
     assert (await daemon.end(run.run)).phase == "finished"
     with pytest.raises(BrokenTransfer, match="given up"):
-        await upload.write(*chunks(old)[1])
-        await upload.finish()
+        await upload.finish(chunks(old)[1])
     expected = averaged(initial_parameters(spec).flat, (1, new))
     assert (await model_of(daemon, run.run, size) == expected).all()
 
@@ -491,12 +488,11 @@ async def test_an_upload_that_outlives_its_run_is_given_up(daemon: Daemon) -> No
     upload = await site.begin(site.header(task, data))
     await upload.write(*parts[0])
     while (await site.status(task, data))[0] == 0:
-        await daemon.runs()
+        pass
     assert (await daemon.stop(run.run)).phase == "stopped"
     assert (await site.task(TaskKind.CANCEL)).key == task.key
     with pytest.raises(BrokenTransfer, match="given up"):
-        await upload.write(*parts[1])
-        await upload.finish()
+        await upload.finish(parts[1])
     with pytest.raises(RunEnded, match="is over: stopped by the operator"):
         await site.status(task, data)
     with pytest.raises(RunEnded):
@@ -637,7 +633,9 @@ async def test_a_good_checkpoint_is_the_initial_model_bit_for_bit(daemon: Daemon
 async def test_a_checkpoint_of_another_model_is_refused(daemon: Daemon) -> None:
     other = make_spec(model__hidden=5)
     given = a_checkpoint(daemon, other, some_delta(layout_of(other).size, 3))
-    with pytest.raises(CheckpointError, match="of another model: tensor 'recurrent.weight_ih_l0' has shape") as refusal:
+    with pytest.raises(
+        CheckpointError, match=r"of another model: tensor 'recurrent.weight_ih_l0' has shape"
+    ) as refusal:
         await daemon.submit(make_spec(), given)
     assert str(daemon.state) not in str(refusal.value)  # where the server keeps things is nobody's business
     for garbage in (b"x", bytes(100), given[:-4]):

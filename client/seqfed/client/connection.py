@@ -9,7 +9,7 @@ import grpc
 import seqfed.client
 from seqfed.client.channel import ANSWER_S, raising
 from seqfed.common import views, wire
-from seqfed.common.errors import SeqfedError
+from seqfed.common.errors import ConfigError, SeqfedError, VersionMismatch
 from seqfed.common.schema import DataSchema
 from seqfed.common.transfer import Reassembly, split
 from seqfed.v1 import federation_pb2
@@ -38,10 +38,15 @@ class Connection:
         self._metadata = ((wire.SESSION_METADATA, reply.session),)
 
     async def listen(self) -> AsyncIterator[views.Task]:
-        """The server's tasks, until the stream ends."""
+        """The server's tasks, until the stream ends; one that this version does not understand is declined."""
         with raising(self._address):
             async for message in self._stub.Listen(federation_pb2.ListenRequest(), metadata=self._metadata):
-                yield wire.task_from_wire(message)
+                try:
+                    task = wire.task_from_wire(message)
+                except (ConfigError, VersionMismatch) as error:
+                    await self.report_failure(wire.key_from_wire(message.key), error)
+                    continue
+                yield task
 
     async def fetch_model(self, run: str, version: int, into: Reassembly) -> None:
         """The model's bytes from where `into` stands to their end, checked; at a break, `into` keeps what has come."""

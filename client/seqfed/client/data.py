@@ -76,6 +76,11 @@ def load(settings: DataSettings) -> ClientData:
                 f"{settings.validation}: has {validation.x.shape[2]} features a step, "
                 f"{settings.file} has {training.x.shape[2]}"
             )
+        if training.lengths is None and validation.x.shape[1] != training.x.shape[1]:
+            raise DataError(
+                f"{settings.validation}: has {validation.x.shape[1]} steps a sequence, "
+                f"{settings.file} has {training.x.shape[1]}"
+            )
         return ClientData(training, validation)
     return ClientData(*read(settings, settings.file, settings.validation_fraction))
 
@@ -178,6 +183,8 @@ def _csv_entities(settings: DataSettings, path: Path) -> tuple[dict[str, list[li
             places = [header.index(name) for name in (*features, settings.label)]
             group = header.index(settings.group) if settings.group is not None else None
             for row in reader:
+                if not row:
+                    continue  # a blank line, as often at a file's end
                 if len(row) != len(header):
                     raise DataError(
                         f"{path}, line {reader.line_num}: {len(row)} fields, the header has {len(header)}; "

@@ -25,14 +25,12 @@ from seqfed.common.errors import (
     DuplicateUpdate,
     InsecureRefused,
     InvalidName,
-    NameTaken,
     NoModel,
     RunEnded,
     SeqfedError,
     ServerUnavailable,
     StorageError,
     StorageFull,
-    TooLarge,
     TrainingFailed,
     UnknownSession,
     VersionMismatch,
@@ -110,7 +108,7 @@ class Session:
                     raise ServerUnavailable(f"the server at {self._server} ended the connection")
             except HOPELESS:
                 raise
-            except (*PASSING, NameTaken, TooLarge) as error:
+            except SeqfedError as error:  # whatever it is, it may be mended on the server's side
                 wait = backoff.wait()
                 log.warning("%s; trying again in %.1f s", error, wait)
                 self._have(None)

@@ -13,9 +13,11 @@ from seqfed.common.spec import Count, Settings
 class DataSettings(Settings):
     """Which file holds the sequences, and how its rows become them."""
 
-    file: Path = Field(description="NPZ with x (N, T, F), y (N,) and perhaps lengths (N,); or CSV with a header line")
+    file: Path = Field(
+        strict=False, description="NPZ with x (N, T, F), y (N,) and perhaps lengths (N,); or CSV with a header line"
+    )
     validation: Path | None = Field(
-        default=None, description="a file of the same kind to score models on, never trained on"
+        strict=False, default=None, description="a file of the same kind to score models on, never trained on"
     )
     validation_fraction: float = Field(
         default=0.2, ge=0, lt=1, description="held out of `file` if there is no validation file"
@@ -24,7 +26,7 @@ class DataSettings(Settings):
         default=None, description="CSV: the column with the label; a window's is that of its last row"
     )
     columns: tuple[str, ...] | None = Field(
-        default=None, description="CSV: the feature columns; left out: all the others"
+        strict=False, default=None, description="CSV: the feature columns; left out: all the others"
     )
     group: str | None = Field(
         default=None, description="CSV: the column that tells entities apart; no window crosses two"
@@ -53,7 +55,7 @@ class ClientSettings(Settings):
     name: str | None = Field(default=None, description="within the federation; left out: this machine's host name")
     data: DataSettings
     state: Path | None = Field(
-        default=None, description="folder for what this client keeps; left out: the user's state folder"
+        strict=False, default=None, description="folder for what this client keeps; left out: the user's state folder"
     )
     threads: int = Field(
         default=1, ge=1, le=1024, description="for training; small recurrent networks gain little from more"

@@ -19,7 +19,7 @@ from seqfed.common.errors import TrainingFailed
 from seqfed.common.metrics import units
 from seqfed.common.spec import TrainingSpec
 
-SCORING_BATCH = 512  # sequences scored at once; scoring is exact whatever this is
+SCORING_BATCH = 512  # sequences scored at once
 
 
 class Cancelled(Exception):
@@ -95,7 +95,8 @@ def evaluate(network: SequenceClassifier, data: Sequences) -> dict[str, int]:
         losses = functional.cross_entropy(logits, y[rows], reduction="none")
         if not losses.isfinite().all():
             raise TrainingFailed("the model's loss on the validation data is not finite; lower the run's learning rate")
-        # Sequence by sequence in whole units: the sum does not depend on how the data are cut into batches or clients.
+        # Sequence by sequence in whole units, so that no sum rounds. One sequence's loss may still differ by a unit between
+        # batches of different sizes, for which torch's kernels add in another order.
         loss_sum += sum(units(value) for value in losses.tolist())
         correct += int((logits.argmax(dim=1) == y[rows]).sum())
     return {"examples": len(data), "loss": loss_sum, "correct": correct}

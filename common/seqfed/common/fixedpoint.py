@@ -1,9 +1,10 @@
 """Fixed-point integers: float32 numbers as int64 counts of 2^-30, so that sums do not depend on their order.
 
 Floating-point addition does not commute with rounding; integer addition does. A weighted delta is rounded once, to the
-nearest multiple of 2^-30 (half to even), and from then on everything is exact. 2^-30 is an eighth of float32's spacing
-between 1/16 and 1/8, where a network's weights mostly lie, and leaves 32 bits above the point for weight x delta summed
-over the cohort.
+nearest multiple of 2^-30 (half to even), and from then on everything is exact. (With weights above 2^29 the product has
+more than a float64's 53 bits and is rounded to those first; still the same way for everybody.) 2^-30 is an eighth of
+float32's spacing between 1/16 and 1/8, where a network's weights mostly lie, and leaves 32 bits above the point for
+weight x delta summed over the cohort.
 """
 
 from __future__ import annotations

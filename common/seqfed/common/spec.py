@@ -14,9 +14,9 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Settings(BaseModel):
-    """The base of every settings model: frozen, unknown keys refused, only finite numbers."""
+    """The base of every settings model: frozen, unknown keys refused, no text or truth values for numbers, all finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DataSpec(Settings):
@@ -64,11 +64,11 @@ class CohortSpec(Settings):
     )
     # None, not 1.0, when left out: the canonical JSON names every key, and read back it must not contradict `count`.
     fraction: float | None = Field(
-        None, gt=0, le=1, description="of the connected clients, at least min_clients of them; left out: all"
+        default=None, gt=0, le=1, description="of the connected clients, at least min_clients of them; left out: all"
     )
     count: Count | None = Field(default=None, description="clients a round, instead of fraction")
     quorum: Count | None = Field(
-        None, description="updates that suffice at the deadline; left out: all that were asked"
+        default=None, description="updates that suffice at the deadline; left out: all that were asked"
     )
     deadline_s: float = Field(default=3600.0, gt=0, le=30 * 86_400, description="seconds for a round's training")
     max_attempts: int = Field(default=3, ge=1, le=1000, description="tries at one round before the run fails")

@@ -8,7 +8,7 @@ from typing import Final
 
 from seqfed.common import views
 from seqfed.common.config import validate_json
-from seqfed.common.errors import InvalidName
+from seqfed.common.errors import InvalidName, VersionMismatch
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
 from seqfed.v1 import admin_pb2, federation_pb2
@@ -59,7 +59,11 @@ def _spec(text: bytes) -> RunSpec:
 
 
 def task_from_wire(message: federation_pb2.Task) -> views.Task:
-    """Raises ConfigError for a specification that does not validate, KeyError for a kind from the future."""
+    """Raises ConfigError for a specification that does not validate, VersionMismatch for a kind from the future."""
+    if message.kind not in _KINDS_BACK:
+        raise VersionMismatch(
+            f"this version of seqfed knows no task of kind {message.kind}; install the server's version"
+        )
     model = message.model
     return views.Task(
         _KINDS_BACK[message.kind],

@@ -29,7 +29,7 @@ from seqfed.server import fedavg
 from seqfed.server import round as machine
 from seqfed.server.explain import explain
 from seqfed.server.hub import Connection, Hub
-from seqfed.server.intake import Intake
+from seqfed.server.intake import Intake, check_tally
 from seqfed.server.round import ACTIVE, ENDED, Phase, Run
 from seqfed.server.settings import ServerSettings
 from seqfed.server.store import KnownClient, Store, StoredRun, UpdateRow
@@ -89,13 +89,16 @@ class Coordinator:
 
     # Life ---------------------------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Take up what the store holds, then work until `close`."""
+    async def take_up(self) -> None:
+        """Take up what the store holds; before anybody can call, so that nobody who comes is overlooked."""
         for stored in await asyncio.to_thread(self._store.runs):
             live = self._runs[stored.run] = _revive(stored)
             if live.state.phase not in ENDED:
                 log.info("run %s: taken up again at round %d", live.run, live.state.round)
                 self._post(live, machine.Restarted())
+
+    async def run(self) -> None:
+        """Work until `close`."""
         self._schedule()
         while True:
             while self._items:
@@ -108,8 +111,8 @@ class Coordinator:
 
     def close(self) -> None:
         """Stop after the events in hand; runs stay as they are and are taken up by the next daemon."""
-        self.hub.close()
         self._closing = True
+        self.hub.close()
         self._wake.set()
 
     def _post(self, live: Live, event: machine.Event) -> None:
@@ -234,8 +237,9 @@ class Coordinator:
         )
 
     async def _perform(self, live: Live, effects: Iterable[machine.Effect]) -> None:
-        folds = [live.updates[one.client] for one in effects if isinstance(one, machine.Fold)]
-        if any(isinstance(one, machine.OpenSum) for one in effects):
+        opened, clients = _folds(effects)
+        folds = [live.updates[client] for client in clients]
+        if opened:
             live.sum = await asyncio.to_thread(fedavg.empty, live.layout.size, live.sum)
         if folds:
             await asyncio.to_thread(self._fold, live, folds)
@@ -317,15 +321,16 @@ class Coordinator:
                     return
 
     def _client_changed(self, arrived: str | None, left: str | None) -> None:
+        if self._closing:
+            return  # nobody has left: it is the daemon that goes, and its runs stay as they are
         name = arrived or left or ""
         log.info("client %s: %s", name, "connected" if arrived else "disconnected")
         for live in self._runs.values():
-            if live.state.phase in ACTIVE:
+            if live.state.phase not in ENDED:  # a queued one too: its turn may be on its way already
                 if arrived is None:
                     self._post(live, machine.ClientsChanged(left=(name,)))
                 elif name in self._fitting(live.spec):
                     self._post(live, machine.ClientsChanged(arrived=(name,)))
-            if live.state.phase not in ENDED:
                 live.tell()
         self._schedule()
 
@@ -359,7 +364,7 @@ class Coordinator:
         state = live.state
         if state.phase in ENDED:
             raise RunEnded(f"run {key.run} is over: {state.reason}")
-        known = live.updates.get(client)
+        known = live.updates.get(client) if client in state.folded else None  # left out of this attempt: send again
         if known is not None and known.round == key.round:
             if known.sha256 != sha256:
                 raise DuplicateUpdate(
@@ -388,11 +393,12 @@ class Coordinator:
         def meter(size: int) -> None:
             live.bytes_up += size
 
-        path = self._store.update_path(live.run, header.key.round, client)
-        await self.intake.receive(client, header, live.layout, len(live.state.cohort), path, chunks, meter)
         row = UpdateRow(
             client, header.key.round, header.weight, header.sha256, dict(header.tally), header.training_seconds
         )
+        path = self._store.update_path(live.run, header.key.round, client)
+        weight, cohort = _weight(live.spec, row), len(live.state.cohort)
+        await self.intake.receive(client, header, live.layout, weight, cohort, path, chunks, meter)
         try:
             await self._ask(live, machine.UpdateArrived(header.key.round, client), row)
         except DuplicateUpdate:
@@ -405,6 +411,7 @@ class Coordinator:
         live = self._live(key.run)
         if live.state.phase is not Phase.EVALUATING or version != live.version:
             raise WrongRound(f"an evaluation of model {version} came; run {key.run} is {live.state.phase.value}")
+        check_tally(tally, len(live.state.cohort))
         event = machine.EvaluationArrived(key.round, client, tuple(sorted(tally.items())))
         try:
             await self._ask(live, event)
@@ -542,6 +549,17 @@ _ASKS: Mapping[Phase, views.TaskKind] = {
 }
 
 
+def _folds(effects: Iterable[machine.Effect]) -> tuple[bool, list[str]]:
+    """Whether a sum is to be opened, and what to fold into it: what came before the opening belongs to the old sum."""
+    opened, clients = False, list[str]()
+    for one in effects:
+        if isinstance(one, machine.OpenSum):
+            opened, clients = True, []
+        elif isinstance(one, machine.Fold):
+            clients.append(one.client)
+    return opened, clients
+
+
 def _weight(spec: RunSpec, update: UpdateRow) -> int:
     return update.weight if spec.aggregation.weighting == "examples" else 1
 
@@ -567,4 +585,5 @@ def _revive(stored: StoredRun) -> Live:
         stored.bytes_down,
         {one.client: one for one in stored.updates},
         record=stored.record,
+        mark=(time.monotonic(), stored.bytes_up, stored.bytes_down),
     )

@@ -61,6 +61,12 @@ async def serving(settings: ServerSettings) -> AsyncIterator[str]:
             f"cannot listen on {addresses.join(settings.host, settings.port)}: another process has it or the address is "
             "not this machine's; pass another --port, or stop the other process"
         ) from error
+    try:
+        await coordinator.take_up()
+    except BaseException:
+        await server.stop(None)
+        store.close()
+        raise
     work = asyncio.create_task(coordinator.run())
     await server.start()
     address = addresses.join(settings.host, port)

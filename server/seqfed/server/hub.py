@@ -47,6 +47,8 @@ class Hub:
                 f"another client is connected as '{client}'; give this one another --name, or stop the other one"
             )
         if old is None and len(self._by_name) >= self._max_clients:
+            self._forget_idle()
+        if old is None and len(self._by_name) >= self._max_clients:
             raise TooLarge(f"{len(self._by_name):,} clients are connected, the limit (max_clients); try again later")
         connection = Connection(client, instance, software, schema, secrets.token_hex(16), now)
         if old is not None:
@@ -55,6 +57,13 @@ class Hub:
         self._by_name[client] = connection
         self._by_session[connection.session] = connection
         return connection
+
+    def _forget_idle(self) -> None:
+        """Make room: the oldest that has joined and does not listen loses its session; it can join again."""
+        idle = next((one for one in self._by_name.values() if not one.listening), None)
+        if idle is not None:
+            del self._by_name[idle.client]
+            del self._by_session[idle.session]
 
     def connection(self, session: str) -> Connection:
         """The session's connection; raises UnknownSession."""
@@ -82,9 +91,11 @@ class Hub:
                 yield task
         finally:
             connection.listening = False
-            if self._by_name.get(connection.client) is connection:
+            successor = self._by_name.get(connection.client)
+            if successor is connection:
                 del self._by_name[connection.client]
                 self._by_session.pop(connection.session, None)
+            if successor is connection or successor is None or not successor.listening:
                 self._on_change(None, connection.client)
 
     def push(self, client: str, task: Task) -> None:

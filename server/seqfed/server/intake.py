@@ -6,18 +6,24 @@ Nothing of an update is held in memory beyond a chunk, and nothing of it counts 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 import numpy as np
 
-from seqfed.common.errors import BrokenTransfer, LayoutMismatch, TooLarge, storage_error
+from seqfed.common.errors import BrokenTransfer, LayoutMismatch, TooLarge, UpdateOutOfRange, storage_error
 from seqfed.common.layout import BYTES_PER_PARAMETER, Layout
 from seqfed.common.transfer import Reassembly
 from seqfed.common.views import UpdateHeader
 from seqfed.server import fedavg
+
+MAX_SUMS: Final = 64  # in a tally; ours have up to 5
+MAX_SUM_NAME: Final = 64  # characters
+MAX_TOTAL: Final = 1 << 62  # of a cohort's tallies: they travel on as 64-bit integers
+_GIVEN_UP: Final = "this upload was given up: its round is over, or another one took its place"
 
 
 class Part:
@@ -33,16 +39,23 @@ class Part:
         self.done = False
         self._file: IO[bytes] | None = None
 
-    def take(self, offset: int, data: bytes, cohort: int, final: Path) -> None:
+    def expect(self, offset: int) -> None:
+        """Raise BrokenTransfer unless the upload goes on at this byte."""
+        if self.dropped:
+            raise BrokenTransfer(_GIVEN_UP)
+        if offset != self.reassembly.received:
+            raise BrokenTransfer(f"byte {self.reassembly.received:,} is next, the upload began at {offset:,}")
+
+    def take(self, offset: int, data: bytes, weight: int, cohort: int, final: Path) -> None:
         """Add the next chunk; after the last one check the whole and put it in place, durably. Raises what is wrong."""
+        if self.dropped:
+            raise BrokenTransfer(_GIVEN_UP)
         self.reassembly.add(offset, data)
         if self.reassembly.received == self.header.nbytes:
-            self._finish(cohort, final)
+            self._finish(weight, cohort, final)
             self.done = True
 
     def _sink(self, _: int, data: bytes) -> None:
-        if self.dropped:
-            raise BrokenTransfer("this upload was given up: its round is over, or another one took its place")
         if len(data) % BYTES_PER_PARAMETER:
             raise BrokenTransfer(f"a chunk has {len(data):,} bytes, not whole float32 numbers")
         self.highest = max(self.highest, fedavg.peak(np.frombuffer(data, "<f4")))
@@ -54,9 +67,9 @@ class Part:
         except OSError as error:
             raise storage_error(error, "receiving an update") from error
 
-    def _finish(self, cohort: int, final: Path) -> None:
+    def _finish(self, weight: int, cohort: int, final: Path) -> None:
         self.reassembly.finish()
-        fedavg.check(self.header.weight, self.highest, cohort)
+        fedavg.check(weight, self.highest, cohort)
         assert self._file is not None  # a layout has at least one parameter, so at least one chunk came
         try:
             os.fsync(self._file.fileno())
@@ -69,6 +82,16 @@ class Part:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def drop(self) -> None:
+        """Give the upload up; what has come is removed at once, or by whoever is at it when that is done."""
+        self.dropped = True
+        if not self.lock.locked():
+            self.remove()
+
+    def remove(self) -> None:
+        self.close()
+        self.path.unlink(missing_ok=True)
 
 
 class Intake:
@@ -88,6 +111,7 @@ class Intake:
         client: str,
         header: UpdateHeader,
         layout: Layout,
+        weight: int,
         cohort: int,
         final: Path,
         chunks: AsyncIterator[tuple[int, bytes]],
@@ -95,53 +119,69 @@ class Intake:
     ) -> None:
         """Take the chunks of one update until it is whole, checked, and durable at `final`.
 
-        `meter` hears of the bytes of each chunk. Raises the typed error for whatever is wrong; after a mere break what
-        has come is kept, after anything else it is dropped.
+        `weight`: what it will be folded with, as one of `cohort`. `meter` hears of the bytes of each chunk. Raises the
+        typed error for whatever is wrong; after a mere break what has come is kept, after anything else it is dropped.
         """
-        check_header(header, layout)
+        check_header(header, layout, cohort)
+        place = (header.key.run, client)
         async with self._moving:
-            part = self._continue(client, header, final)
+            part = self._continue(place, header, final)
             async with part.lock:
                 try:
-                    async for offset, data in chunks:
-                        meter(len(data))
-                        await asyncio.to_thread(part.take, offset, data, cohort, final)
+                    if not part.done:  # it is if an earlier call was cut off between the last byte and its answer
+                        part.expect(header.offset)
+                        async for offset, data in chunks:
+                            meter(len(data))
+                            await _to_its_end(part.take, offset, data, weight, cohort, final)
                     if not part.done:
                         raise BrokenTransfer(
                             f"the stream ended at byte {part.reassembly.received:,} of {header.nbytes:,}; go on from there"
                         )
+                    fedavg.check(weight, part.highest, cohort)
                 except (BrokenTransfer, asyncio.CancelledError):
                     raise
                 except BaseException:
-                    self._drop(client, header.key.run)
+                    part.drop()
                     raise
-                self._parts.pop((header.key.run, client), None)
+                finally:
+                    if part.dropped:
+                        part.remove()
+                        self._let_go(place, part)
+                self._let_go(place, part)
 
-    def _continue(self, client: str, header: UpdateHeader, final: Path) -> Part:
-        place = (header.key.run, client)
+    def _continue(self, place: tuple[str, str], header: UpdateHeader, final: Path) -> Part:
         part = self._parts.get(place)
         if part is None or part.header.sha256 != header.sha256 or part.header.key.round != header.key.round:
-            self._drop(client, header.key.run)
-            part = self._parts[place] = Part(header, final.with_suffix(".part"))
-        if header.offset != part.reassembly.received:
-            raise BrokenTransfer(f"byte {part.reassembly.received:,} is next, the upload began at {header.offset:,}")
+            if part is not None:
+                part.drop()
+            mark = header.sha256.hex()[:16]  # one that is given up may still be at work on its own file
+            part = self._parts[place] = Part(header, final.with_name(f"{final.name}.{mark}.part"))
         return part
 
-    def _drop(self, client: str, run: str) -> None:
-        part = self._parts.pop((run, client), None)
-        if part is not None:
-            part.dropped = True
-            part.close()
-            part.path.unlink(missing_ok=True)
+    def _let_go(self, place: tuple[str, str], part: Part) -> None:
+        if self._parts.get(place) is part:
+            del self._parts[place]
 
     def forget(self, run: str) -> None:
         """Drop what is incomplete of this run: its round is over."""
-        for one, client in [place for place in self._parts if place[0] == run]:
-            self._drop(client, one)
+        for place in [place for place in self._parts if place[0] == run]:
+            self._parts.pop(place).drop()
 
 
-def check_header(header: UpdateHeader, layout: Layout) -> None:
-    """Raise TooLarge or LayoutMismatch unless an update so announced could be one of this layout."""
+async def _to_its_end(work: Callable[..., None], *arguments: object) -> None:
+    """Do this in a worker thread; a cancelled caller waits for it, as nobody else may touch the same things before."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # looked at; the call that would hear of it is gone
+        raise
+
+
+def check_header(header: UpdateHeader, layout: Layout, cohort: int) -> None:
+    """Raise TooLarge, LayoutMismatch or UpdateOutOfRange unless an update so announced could be one of this layout."""
     if header.nbytes > layout.nbytes:
         raise TooLarge(f"an update of {header.nbytes:,} bytes came; the run's model has {layout.nbytes:,}")
     if header.layout_digest != layout.digest or header.nbytes != layout.nbytes:
@@ -150,6 +190,21 @@ def check_header(header: UpdateHeader, layout: Layout) -> None:
             f"({layout.digest.hex()[:12]}, {layout.nbytes:,} bytes); do both sides run the same version of seqfed?"
         )
     fedavg.check(header.weight, 0.0, 1)
+    check_tally(header.tally, cohort)
+    if not 0 <= header.training_seconds < math.inf:
+        raise UpdateOutOfRange(f"an update took {header.training_seconds} s; it must be 0 s or more, and finite")
+
+
+def check_tally(tally: Mapping[str, int], cohort: int) -> None:
+    """Raise TooLarge or UpdateOutOfRange unless `cohort` tallies like this one can be added up and sent on."""
+    if len(tally) > MAX_SUMS or any(len(name) > MAX_SUM_NAME for name in tally):
+        raise TooLarge(f"a tally may have {MAX_SUMS} sums, with names of up to {MAX_SUM_NAME} characters")
+    limit = MAX_TOTAL // max(cohort, 1)
+    for name, value in tally.items():
+        if abs(value) > limit:
+            raise UpdateOutOfRange(
+                f"a tally's sum '{name}' is {value:,}; in a cohort of {cohort:,} it may be {limit:,} at most"
+            )
 
 
 async def receive_file(path: Path, total: int, sha256: bytes, chunks: AsyncIterator[tuple[int, bytes]]) -> None:

@@ -14,7 +14,7 @@ import grpc
 
 from seqfed.common import wire
 from seqfed.common.config import validate_json
-from seqfed.common.errors import BrokenTransfer, InvalidName, TooLarge, UnknownSession, VersionMismatch
+from seqfed.common.errors import BrokenTransfer, CheckpointError, InvalidName, TooLarge, UnknownSession, VersionMismatch
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
 from seqfed.common.transfer import CHUNK_BYTES
@@ -149,6 +149,8 @@ class Admin(admin_pb2_grpc.AdminServicer):
             try:
                 await receive_file(Path(name), header.checkpoint_bytes, header.checkpoint_sha256, chunks)
                 view = await self._coordinator.submit(spec, Path(name))
+            except CheckpointError as error:  # it knows the file by our name for it
+                raise CheckpointError(str(error).replace(name, "the checkpoint")) from error
             finally:
                 os.unlink(name)  # noqa: PTH108 - a plain call, as Path methods are reserved for threads here
             return admin_pb2.SubmitReply(run=wire.run_to_wire(view))

@@ -18,7 +18,7 @@ class ServerSettings(Settings):
         DEFAULT_PORT, ge=0, le=65_535, description="0 picks a free one; see address.json in the state folder"
     )
     state: Path | None = Field(
-        None, description="folder for the database and models; left out: the user's state folder"
+        strict=False, default=None, description="folder for the database and models; left out: the user's state folder"
     )
     insecure: bool = Field(default=False, description="allow plaintext off the loopback interface")
     uploads_in_flight: int = Field(

@@ -20,6 +20,8 @@ from seqfed.common.wire import ERROR_DOMAIN
 
 log = logging.getLogger("seqfed.server")
 
+MAX_MESSAGE: Final = 2_000  # characters: the status travels twice in trailers, of which gRPC takes 8 KiB in all
+
 STATUS: Final[Mapping[type[errors.SeqfedError], grpc.StatusCode]] = {
     errors.SeqfedError: grpc.StatusCode.UNKNOWN,
     errors.ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -61,4 +63,7 @@ def rich_status(error: BaseException) -> grpc.Status:
     info = any_pb2.Any()
     info.Pack(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=ERROR_DOMAIN))
     code = getattr(code_pb2, STATUS[type(error)].name)
-    return grpc_status.rpc_status.to_status(status_pb2.Status(code=code, message=str(error), details=[info]))
+    message = str(error)
+    if len(message) > MAX_MESSAGE:
+        message = message[:MAX_MESSAGE] + " ..."
+    return grpc_status.rpc_status.to_status(status_pb2.Status(code=code, message=message, details=[info]))

@@ -24,9 +24,11 @@ class Processes:
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self._started: list[tuple[str, subprocess.Popen[bytes]]] = []
+        self._starting = self._interrupted = self._stopping = False
 
     def start(self, name: str, *arguments: str) -> None:
         """Start `seqfed ARGUMENTS`; its output goes to NAME.log."""
+        self._starting = True  # an interrupt between a process's birth and its entry here would leave it behind
         with (self._logs / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(  # noqa: S603 - our own interpreter and our own command
                 [sys.executable, "-m", "seqfed.common.cli", *arguments],
@@ -36,6 +38,9 @@ class Processes:
                 start_new_session=True,  # Ctrl-C comes to the demo alone, which then stops the others in order
             )
         self._started.append((name, process))
+        self._starting = False
+        if self._interrupted:
+            raise KeyboardInterrupt
 
     def require_alive(self) -> None:
         """Raise ServerUnavailable naming the first process that has ended by itself."""
@@ -45,6 +50,10 @@ class Processes:
                 last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["no output"]
                 raise ServerUnavailable(f"{name} ended with status {process.returncode}: {last[0]} (see {log})")
 
+    def pid(self, name: str) -> int:
+        """The id of the process started under this name."""
+        return next(process.pid for one, process in self._started if one == name)
+
     def kill(self, name: str) -> None:
         """End a process without warning, and forget it."""
         for one in [one for one in self._started if one[0] == name]:
@@ -53,7 +62,8 @@ class Processes:
             self._started.remove(one)
 
     def stop(self) -> None:
-        """Stop all, clients before the server; kill what does not stop in time."""
+        """Stop all, clients before the server; kill what does not stop in time, or at once at another interrupt."""
+        self._stopping = True
         for _, process in reversed(self._started):
             if process.poll() is None:
                 process.terminate()
@@ -66,22 +76,28 @@ class Processes:
                 process.wait()
         self._started.clear()
 
+    def interrupt(self, _: int, __: FrameType | None) -> None:
+        """Handle a signal: raise KeyboardInterrupt as soon as that loses no process."""
+        self._interrupted = True
+        if self._stopping:
+            for _name, process in self._started:
+                process.kill()
+        elif not self._starting:
+            raise KeyboardInterrupt
+
 
 @contextlib.contextmanager
 def processes(logs: Path) -> Iterator[Processes]:
     """Processes that end with the block, also when it ends by Ctrl-C or SIGTERM."""
     logs.mkdir(parents=True, exist_ok=True)
     found = Processes(logs)
-
-    def interrupt(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, found.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield found
     finally:
-        signal.signal(signal.SIGTERM, before)
         found.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def server_address(state: Path, started: Processes) -> str:

@@ -1,0 +1,350 @@
+"""Updates on their way in: order, resumption, what is refused and what is kept, and how many move at once."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.server.conftest import chunks, some_delta, soon
+
+from seqfed.common.errors import (
+    BrokenTransfer,
+    ChecksumMismatch,
+    LayoutMismatch,
+    NonFiniteUpdate,
+    SeqfedError,
+    StorageError,
+    TooLarge,
+    UpdateOutOfRange,
+)
+from seqfed.common.layout import Layout
+from seqfed.common.transfer import CHUNK_BYTES
+from seqfed.common.views import TaskKey, UpdateHeader
+from seqfed.server.intake import Intake, check_header, check_tally, receive_file
+
+LAYOUT = Layout((("w", (300_000,)),))  # three chunks, the last one shorter
+DATA = some_delta(LAYOUT.size, 1).tobytes()
+OTHER = some_delta(LAYOUT.size, 2).tobytes()
+RUN = "0123456789abcdef"
+
+
+def header(data: bytes = DATA, offset: int = 0, round_: int = 1, weight: int = 1) -> UpdateHeader:
+    return UpdateHeader(
+        TaskKey(RUN, round_, 1), weight, LAYOUT.digest, len(data), hashlib.sha256(data).digest(), offset, {}, 0.0
+    )
+
+
+@dataclass
+class Desk:
+    """An intake and the folder that it fills."""
+
+    folder: Path
+    intake: Intake
+    metered: list[int] = field(default_factory=list)
+
+    def final(self, client: str = "a") -> Path:
+        return self.folder / f"{client}.f32"
+
+    async def take(
+        self, one: UpdateHeader, parts: AsyncIterator[tuple[int, bytes]], client: str = "a", cohort: int = 2
+    ) -> None:
+        await self.intake.receive(
+            client, one, LAYOUT, one.weight, cohort, self.final(client), parts, self.metered.append
+        )
+
+    def received(self, data: bytes = DATA, client: str = "a") -> int:
+        return self.intake.received(client, RUN, hashlib.sha256(data).digest())
+
+    def leftovers(self) -> list[str]:
+        return sorted(path.name for path in self.folder.glob("*") if path.suffix != ".f32")
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path / "updates", Intake(8))
+
+
+async def feed(*parts: tuple[int, bytes]) -> AsyncIterator[tuple[int, bytes]]:
+    for part in parts:
+        yield part
+
+
+async def held(gate: asyncio.Event, *parts: tuple[int, bytes]) -> AsyncIterator[tuple[int, bytes]]:
+    """The first of these chunks, and after the gate has opened the others."""
+    for number, part in enumerate(parts):
+        if number == 1:
+            await gate.wait()
+        yield part
+
+
+async def arrived(desk: Desk, count: int, data: bytes = DATA) -> None:
+    """Wait until so many bytes are here."""
+    while desk.received(data) < count:
+        await asyncio.sleep(0)
+
+
+async def test_a_whole_update_lies_in_its_place(desk: Desk) -> None:
+    await desk.take(header(), feed(*chunks(DATA)))
+    assert desk.final().read_bytes() == DATA
+    assert desk.leftovers() == []
+    assert desk.received() == 0
+    assert desk.metered == [len(data) for _, data in chunks(DATA)]
+
+
+async def test_a_break_keeps_what_has_come_and_the_rest_completes_it(desk: Desk) -> None:
+    parts = chunks(DATA)
+    with pytest.raises(BrokenTransfer, match=f"ended at byte {CHUNK_BYTES:,} of {len(DATA):,}; go on from there"):
+        await desk.take(header(), feed(parts[0]))
+    assert desk.received() == CHUNK_BYTES
+    assert not desk.final().exists()
+    with pytest.raises(BrokenTransfer, match="is next, the upload began at 0"):
+        await desk.take(header(), feed(*parts))
+    with pytest.raises(BrokenTransfer, match="came where byte"):
+        await desk.take(header(offset=CHUNK_BYTES), feed(parts[2]))
+    assert desk.received() == CHUNK_BYTES
+    await desk.take(header(offset=CHUNK_BYTES), feed(*parts[1:]))
+    assert desk.final().read_bytes() == DATA
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(0, DATA[: CHUNK_BYTES - 4])],
+        [(0, DATA[: CHUNK_BYTES + 4])],
+        [(0, DATA[:3])],
+        [(4, DATA[4 : CHUNK_BYTES + 4])],
+        [(0, b"")],
+        [(0, DATA[:CHUNK_BYTES]), (0, DATA[:CHUNK_BYTES])],
+    ],
+)
+async def test_chunks_out_of_order_or_size_are_refused_and_nothing_is_lost(
+    desk: Desk, parts: list[tuple[int, bytes]]
+) -> None:
+    with pytest.raises(BrokenTransfer):
+        await desk.take(header(), feed(*parts))
+    received = desk.received()
+    await desk.take(header(offset=received), feed(*chunks(DATA, received)))
+    assert desk.final().read_bytes() == DATA
+
+
+def spoiled(bad: float, place: int) -> bytes:
+    numbers = np.frombuffer(DATA, "<f4").copy()
+    numbers[place] = bad
+    return numbers.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "announced"),
+    [
+        (NonFiniteUpdate, spoiled(np.nan, 0), None),
+        (NonFiniteUpdate, spoiled(np.inf, LAYOUT.size - 1), None),
+        (UpdateOutOfRange, spoiled(2.0**32, 200_000), None),
+        (ChecksumMismatch, OTHER, hashlib.sha256(DATA).digest()),
+    ],
+)
+async def test_a_bad_update_is_dropped(
+    desk: Desk, kind: type[SeqfedError], data: bytes, announced: bytes | None
+) -> None:
+    one = header(data)
+    if announced is not None:
+        one = replace(one, sha256=announced)
+    with pytest.raises(kind):
+        await desk.take(one, feed(*chunks(data)))
+    assert not desk.final().exists()
+    assert desk.leftovers() == []
+    assert desk.received(data) == 0
+    await desk.take(header(), feed(*chunks(DATA)))
+    assert desk.final().read_bytes() == DATA
+
+
+async def test_an_update_that_fits_a_small_cohort_need_not_fit_a_large_one(desk: Desk) -> None:
+    data = spoiled(2.0**31, 5)
+    with pytest.raises(UpdateOutOfRange):
+        await desk.take(header(data), feed(*chunks(data)), cohort=3)
+    await desk.take(header(data), feed(*chunks(data)), cohort=2)
+
+
+@pytest.mark.parametrize("weight", [2, 1 << 40])
+async def test_the_last_calls_weight_is_the_one_that_is_checked(desk: Desk, weight: int) -> None:
+    data, parts = spoiled(2.0**31, 5), chunks(spoiled(2.0**31, 5))
+    with pytest.raises(BrokenTransfer):
+        await desk.take(header(data), feed(parts[0]))
+    with pytest.raises(UpdateOutOfRange):
+        await desk.take(header(data, CHUNK_BYTES, weight=weight), feed(*parts[1:]))
+
+
+def test_a_header_of_something_else_is_refused() -> None:
+    check_header(header(), LAYOUT, 2)
+    for kind, changes in (
+        (TooLarge, {"nbytes": len(DATA) + 4}),
+        (LayoutMismatch, {"nbytes": len(DATA) - 4}),
+        (LayoutMismatch, {"layout_digest": bytes(32)}),
+        (UpdateOutOfRange, {"weight": 0}),
+        (UpdateOutOfRange, {"training_seconds": float("nan")}),
+    ):
+        with pytest.raises(kind):
+            check_header(replace(header(), **changes), LAYOUT, 2)  # type: ignore[arg-type]  # of several kinds
+
+
+@pytest.mark.parametrize("cohort", [1, 3, 1000])
+def test_a_tally_that_passes_adds_up_within_64_bits(cohort: int) -> None:
+    highest = (1 << 62) // cohort
+    check_tally({"loss": highest, "correct": -highest}, cohort)
+    assert highest * cohort < 1 << 63
+    for value in (highest + 1, -highest - 1):
+        with pytest.raises(UpdateOutOfRange, match="'loss'"):
+            check_tally({"loss": value}, cohort)
+    with pytest.raises(TooLarge):
+        check_tally({str(number): 0 for number in range(65)}, cohort)
+    with pytest.raises(TooLarge):
+        check_tally({"x" * 65: 0}, cohort)
+
+
+async def test_another_update_takes_the_place_of_an_incomplete_one(desk: Desk) -> None:
+    with pytest.raises(BrokenTransfer):
+        await desk.take(header(), feed(chunks(DATA)[0]))
+    await desk.take(header(OTHER), feed(*chunks(OTHER)))
+    assert desk.received() == 0
+    assert desk.final().read_bytes() == OTHER
+    assert desk.leftovers() == []
+
+
+async def test_what_is_left_of_an_earlier_round_is_not_gone_on_with(desk: Desk) -> None:
+    with pytest.raises(BrokenTransfer):
+        await desk.take(header(), feed(chunks(DATA)[0]))
+    await desk.take(header(round_=2), feed(*chunks(DATA)))
+    assert desk.final().read_bytes() == DATA
+
+
+async def test_another_update_ends_the_one_that_is_moving(desk: Desk) -> None:
+    gate = asyncio.Event()
+    moving = asyncio.create_task(desk.take(header(), held(gate, *chunks(DATA))))
+    await arrived(desk, CHUNK_BYTES)
+    await desk.take(header(OTHER), feed(*chunks(OTHER)))
+    gate.set()
+    with pytest.raises(BrokenTransfer, match="given up"):
+        await soon(moving)
+    assert desk.final().read_bytes() == OTHER
+    assert desk.leftovers() == []
+
+
+async def test_forgetting_a_run_ends_its_uploads(desk: Desk) -> None:
+    gate = asyncio.Event()
+    moving = asyncio.create_task(desk.take(header(), held(gate, *chunks(DATA))))
+    await arrived(desk, CHUNK_BYTES)
+    with pytest.raises(BrokenTransfer):
+        await desk.take(header(OTHER), feed(chunks(OTHER)[0]), "b")
+    desk.intake.forget("another run")
+    assert desk.received(OTHER, "b") == CHUNK_BYTES
+    desk.intake.forget(RUN)
+    assert desk.received() == desk.received(OTHER, "b") == 0
+    gate.set()
+    with pytest.raises(BrokenTransfer, match="given up"):
+        await soon(moving)
+    assert desk.leftovers() == []
+    assert not desk.final().exists()
+
+
+async def test_uploads_in_flight_are_bounded(desk: Desk) -> None:
+    desk.intake = Intake(2)
+    gates = {name: asyncio.Event() for name in "abcd"}
+    begun: list[str] = []
+
+    async def parts(name: str) -> AsyncIterator[tuple[int, bytes]]:
+        begun.append(name)
+        await gates[name].wait()
+        for part in chunks(DATA):
+            yield part
+
+    uploads = {name: asyncio.create_task(desk.take(header(), parts(name), name)) for name in gates}
+    for finished in "abcd":
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert len(begun) <= 2 + "abcd".index(finished)
+        gates[finished].set()
+        await soon(uploads[finished])
+        assert desk.final(finished).read_bytes() == DATA
+    assert sorted(begun) == list("abcd")
+
+
+async def test_a_cut_off_call_leaves_its_thread_to_finish_before_anybody_else_begins(desk: Desk) -> None:
+    """The upload's file is a pipe here, so the worker thread stands still until somebody reads."""
+    mark = hashlib.sha256(DATA).hexdigest()[:16]
+    desk.folder.mkdir()
+    pipe = desk.folder / f"a.f32.{mark}.part"
+    os.mkfifo(pipe)
+    first = asyncio.create_task(desk.take(header(), feed(chunks(DATA)[0])))
+    while not desk.metered:
+        await asyncio.sleep(0)
+    first.cancel()
+    second = asyncio.create_task(desk.take(header(), feed(*chunks(DATA))))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not first.done()
+    assert desk.metered == [CHUNK_BYTES]  # the second has not begun
+
+    def drain() -> int:
+        with pipe.open("rb") as file:
+            return len(file.read(CHUNK_BYTES))
+
+    assert await asyncio.to_thread(drain) == CHUNK_BYTES
+    with pytest.raises(asyncio.CancelledError):
+        await soon(first)
+    with pytest.raises(BrokenTransfer, match=f"byte {CHUNK_BYTES:,} is next, the upload began at 0"):
+        await soon(second)
+    assert desk.received() == CHUNK_BYTES
+
+
+async def test_an_update_cut_off_after_its_last_byte_is_found_whole(desk: Desk) -> None:
+    gate = asyncio.Event()
+
+    async def never_ending() -> AsyncIterator[tuple[int, bytes]]:
+        for part in chunks(DATA):
+            yield part
+        await gate.wait()
+
+    first = asyncio.create_task(desk.take(header(), never_ending()))
+    await arrived(desk, len(DATA))
+    first.cancel()
+    await asyncio.wait([first])
+    assert desk.received() == len(DATA)
+    with pytest.raises(UpdateOutOfRange):
+        await desk.take(header(offset=len(DATA), weight=1 << 41), feed())
+    await desk.take(header(offset=len(DATA)), feed())
+    assert desk.final().read_bytes() == DATA
+    assert desk.received() == 0
+
+
+async def test_a_disk_that_cannot_be_written_is_a_storage_error(desk: Desk) -> None:
+    desk.folder.write_text("a file where a folder should be")
+    with pytest.raises(StorageError, match="receiving an update"):
+        await desk.take(header(), feed(*chunks(DATA)))
+    desk.folder.unlink()
+    assert desk.received() == 0
+    await desk.take(header(), feed(*chunks(DATA)))
+    desk.final("b").mkdir()
+    (desk.final("b") / "full").touch()
+    with pytest.raises(StorageError, match="keeping an update"):
+        await desk.take(header(), feed(*chunks(DATA)), "b")
+    assert desk.leftovers() == []
+
+
+async def test_a_file_is_received_whole_or_refused(tmp_path: Path) -> None:
+    path, digest = tmp_path / "file", hashlib.sha256(DATA).digest()
+    await receive_file(path, len(DATA), digest, feed(*chunks(DATA)))
+    assert path.read_bytes() == DATA
+    for kind, total, sha256, parts in (
+        (BrokenTransfer, len(DATA), digest, chunks(DATA)[:2]),
+        (BrokenTransfer, len(DATA), digest, chunks(DATA)[1:]),
+        (BrokenTransfer, len(DATA) - 4, digest, chunks(DATA)),
+        (ChecksumMismatch, len(DATA), bytes(32), chunks(DATA)),
+        (BrokenTransfer, len(DATA), b"", chunks(DATA)),
+    ):
+        with pytest.raises(kind):
+            await receive_file(path, total, sha256, feed(*parts))
