@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -313,7 +313,7 @@ class Daemon:
         with typed():
             return wire.run_from_wire(await self.stub.StopRun(admin_pb2.StopRunRequest(run=run)))
 
-    async def watch(self, run: str, after: int = 0) -> AsyncIterator[views.RunView]:
+    async def watch(self, run: str, after: int = 0) -> AsyncGenerator[views.RunView, None]:
         call = self.stub.WatchRun(admin_pb2.WatchRunRequest(run=run, after_round=after))
         try:
             with typed():
@@ -352,6 +352,13 @@ class Daemon:
                 assert chunk.offset == offset + len(data)
                 data += chunk.data
         return data
+
+
+async def turns_until(wanted: Callable[[], bool]) -> None:
+    """Let the event loop turn until this is so."""
+    async with asyncio.timeout(PATIENCE):
+        while not wanted():  # noqa: ASYNC110 - what a test waits for here tells nobody of itself
+            await asyncio.sleep(0)
 
 
 @contextlib.contextmanager

@@ -88,7 +88,8 @@ async def test_health_and_reflection_answer(daemon: Daemon) -> None:
     for name in ("", *services):
         reply = await health.Check(health_pb2.HealthCheckRequest(service=name))
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
-    reflection: Any = reflection_pb2_grpc.ServerReflectionStub(daemon.channel)
+    channel: Any = daemon.channel  # the stub is typed for synchronous channels only
+    reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
 
     async def asks() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
         yield reflection_pb2.ServerReflectionRequest(list_services="")

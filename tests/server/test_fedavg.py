@@ -100,7 +100,7 @@ def test_is_the_true_mean_to_float32s_precision(case: tuple[Flat, list[tuple[int
     model, updates = case
     weight = sum(one for one, _ in updates)
     for place, found in enumerate(new_model(model, updates).tolist()):
-        mean = sum(Fraction(delta.tolist()[place]) * one for one, delta in updates) / weight
+        mean = sum((Fraction(delta.tolist()[place]) * one for one, delta in updates), Fraction(0)) / weight
         exact = Fraction(model.tolist()[place]) + mean
         assert abs(Fraction(found) - exact) <= abs(exact) * Fraction(1, 1 << 24) + Fraction(len(updates), SCALE)
 

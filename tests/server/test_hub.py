@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
-from tests.server.conftest import make_spec, soon
+from tests.server.conftest import make_spec, soon, turns_until
 
 from seqfed.common.errors import NameTaken, TooLarge, UnknownSession
 from seqfed.common.model import layout_of
@@ -42,8 +43,7 @@ class House:
 
         told = len(self.news)
         work = asyncio.create_task(stream())
-        while len(self.news) == told:
-            await asyncio.sleep(0)
+        await turns_until(lambda: len(self.news) > told)
         return work
 
 
@@ -52,7 +52,7 @@ def a_house(max_clients: int = 10) -> House:
     return House(Hub(max_clients, lambda arrived, left: news.append((arrived, left))), news)
 
 
-async def ended(stream: asyncio.Task[None]) -> None:
+async def ended(stream: asyncio.Future[Any]) -> None:
     stream.cancel()
     await asyncio.wait([stream])
 
@@ -115,11 +115,24 @@ async def test_the_same_instance_takes_its_own_place() -> None:
     new = await house.listen(second)
     await soon(old)  # its stream has ended by itself
     assert house.hub.get("a") is second
-    assert house.news == [("a", None), ("a", None)]  # one that is there again has not left
+    assert house.news == [("a", None), (None, "a"), ("a", None)]
     with pytest.raises(UnknownSession):
         house.hub.connection(first.session)
     await ended(new)
-    assert house.news[2:] == [(None, "a")]
+    assert house.news[3:] == [(None, "a")]
+
+
+async def test_whoever_listens_anew_before_its_old_stream_has_ended_has_not_left() -> None:
+    house = a_house()
+    old = asyncio.ensure_future(anext(house.hub.listen(house.join("a").session), None))
+    await turns_until(lambda: house.news == [("a", None)])
+    second = house.join("a")
+    new = asyncio.ensure_future(anext(house.hub.listen(second.session), None))
+    second.listening = True  # its call begins in the same turn of the loop
+    assert await soon(old) is None
+    await turns_until(lambda: len(house.news) == 2)
+    assert house.news == [("a", None), ("a", None)]
+    await ended(new)
 
 
 async def test_an_instance_that_joins_again_without_listening_has_left() -> None:
@@ -144,7 +157,7 @@ async def test_tasks_go_to_whom_they_are_for_in_order() -> None:
     assert connections[0].task.key.round == 2
     house.hub.done("a")
     house.hub.done("nobody")
-    assert connections[0].task is None
+    assert [one.task is None for one in connections] == [True, False]
     house.hub.close()
     for stream in streams:
         await soon(stream)  # every stream ends, after what was pushed before

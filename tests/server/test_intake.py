@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.server.conftest import chunks, some_delta, soon
+from tests.server.conftest import chunks, some_delta, soon, turns_until
 
 from seqfed.common.errors import (
     BrokenTransfer,
@@ -66,8 +66,10 @@ class Desk:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Desk:
-    return Desk(tmp_path / "updates", Intake(8))
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    made = Desk(tmp_path / "updates", Intake(8))
+    yield made
+    made.intake.forget(RUN)  # closes what is incomplete
 
 
 async def feed(*parts: tuple[int, bytes]) -> AsyncIterator[tuple[int, bytes]]:
@@ -85,8 +87,7 @@ async def held(gate: asyncio.Event, *parts: tuple[int, bytes]) -> AsyncIterator[
 
 async def arrived(desk: Desk, count: int, data: bytes = DATA) -> None:
     """Wait until so many bytes are here."""
-    while desk.received(data) < count:
-        await asyncio.sleep(0)
+    await turns_until(lambda: desk.received(data) >= count)
 
 
 async def test_a_whole_update_lies_in_its_place(desk: Desk) -> None:
@@ -189,7 +190,7 @@ def test_a_header_of_something_else_is_refused() -> None:
         (UpdateOutOfRange, {"training_seconds": float("nan")}),
     ):
         with pytest.raises(kind):
-            check_header(replace(header(), **changes), LAYOUT, 2)  # type: ignore[arg-type]  # of several kinds
+            check_header(replace(header(), **changes), LAYOUT, 2)
 
 
 @pytest.mark.parametrize("cohort", [1, 3, 1000])
@@ -280,8 +281,7 @@ async def test_a_cut_off_call_leaves_its_thread_to_finish_before_anybody_else_be
     pipe = desk.folder / f"a.f32.{mark}.part"
     os.mkfifo(pipe)
     first = asyncio.create_task(desk.take(header(), feed(chunks(DATA)[0])))
-    while not desk.metered:
-        await asyncio.sleep(0)
+    await turns_until(lambda: bool(desk.metered))
     first.cancel()
     second = asyncio.create_task(desk.take(header(), feed(*chunks(DATA))))
     for _ in range(100):

@@ -285,9 +285,9 @@ def test_a_client_that_returns_is_asked_again() -> None:
     spec = make_spec()
     run = training(spec, "a", "b")
     run, effects = on(spec, run, gone("b"))
-    assert (run.pending, run.present, effects) == (("a", "b"), {"a"}, ())
+    assert (run.pending, run.present, effects) == (("a", "b"), frozenset("a"), ())
     run, effects = on(spec, run, here("b"))
-    assert (run.present, effects) == ({"a", "b"}, (Ask(("b",)),))
+    assert (run.present, effects) == (frozenset("ab"), (Ask(("b",)),))
 
 
 def test_a_client_that_returns_after_its_update_is_not_asked_again() -> None:
@@ -299,7 +299,7 @@ def test_a_client_that_returns_after_its_update_is_not_asked_again() -> None:
 def test_a_client_that_was_not_drawn_is_not_asked() -> None:
     spec = make_spec(cohort={"min_clients": 2, "count": 2})
     run, effects = on(spec, training(spec, "a", "b"), here("c"))
-    assert (run.cohort, run.present, effects) == (("a", "b"), {"a", "b", "c"}, ())
+    assert (run.cohort, run.present, effects) == (("a", "b"), frozenset("abc"), ())
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def in_phase(phase: Phase) -> tuple[RunSpec, Run]:
             return spec, replace(run, phase=phase)
 
 
-@pytest.mark.parametrize("phase", sorted(ACTIVE | {Phase.QUEUED}, key=lambda one: one.value))
+@pytest.mark.parametrize("phase", [one for one in Phase if one not in ENDED])
 def test_a_run_can_be_stopped_anywhere(phase: Phase) -> None:
     spec, run = in_phase(phase)
     assert run.phase is phase
@@ -443,7 +443,7 @@ def test_a_run_can_be_stopped_anywhere(phase: Phase) -> None:
     assert effects == (Dismiss(run.pending), EndRun())
 
 
-@pytest.mark.parametrize("phase", sorted(ACTIVE | {Phase.QUEUED}, key=lambda one: one.value))
+@pytest.mark.parametrize("phase", [one for one in Phase if one not in ENDED])
 def test_what_breaks_a_run_is_its_reason(phase: Phase) -> None:
     spec, run = in_phase(phase)
     state, effects = on(spec, run, Broken("the disk is full"))
@@ -506,7 +506,7 @@ def test_an_illegal_event_changes_nothing_and_is_named_with_the_phase(phase: Pha
     assert dataclasses.asdict(run) == before
 
 
-@pytest.mark.parametrize("phase", sorted(ENDED, key=lambda one: one.value))
+@pytest.mark.parametrize("phase", [one for one in Phase if one in ENDED])
 @pytest.mark.parametrize("kind", EVENTS)
 def test_a_run_that_is_over_takes_nothing(phase: Phase, kind: type) -> None:
     spec, run = in_phase(phase)
@@ -514,7 +514,7 @@ def test_a_run_that_is_over_takes_nothing(phase: Phase, kind: type) -> None:
         on(spec, run, EVENTS[kind])
 
 
-@pytest.mark.parametrize("phase", sorted(ACTIVE, key=lambda one: one.value))
+@pytest.mark.parametrize("phase", [one for one in Phase if one in ACTIVE])
 def test_an_update_that_is_too_late_has_the_wrong_round(phase: Phase) -> None:
     spec, run = in_phase(phase)
     with pytest.raises(WrongRound, match=r"round 0 is over|is no longer wanted"):
@@ -524,7 +524,7 @@ def test_an_update_that_is_too_late_has_the_wrong_round(phase: Phase) -> None:
             on(spec, run, UpdateArrived(1, "b"))
 
 
-@pytest.mark.parametrize("phase", sorted(ACTIVE - {Phase.EVALUATING}, key=lambda one: one.value))
+@pytest.mark.parametrize("phase", [Phase.GATHERING, Phase.TRAINING, Phase.COMMITTING])
 def test_a_score_that_is_too_late_has_the_wrong_round(phase: Phase) -> None:
     spec, run = in_phase(phase)
     with pytest.raises(WrongRound, match="is no longer wanted"):

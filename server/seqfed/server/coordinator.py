@@ -237,8 +237,8 @@ class Coordinator:
         )
 
     async def _perform(self, live: Live, effects: Iterable[machine.Effect]) -> None:
-        opened, clients = _folds(effects)
-        folds = [live.updates[client] for client in clients]
+        opened, names = _folds(effects)
+        folds = [live.updates[name] for name in names]
         if opened:
             live.sum = await asyncio.to_thread(fedavg.empty, live.layout.size, live.sum)
         if folds:
@@ -551,13 +551,13 @@ _ASKS: Mapping[Phase, views.TaskKind] = {
 
 def _folds(effects: Iterable[machine.Effect]) -> tuple[bool, list[str]]:
     """Whether a sum is to be opened, and what to fold into it: what came before the opening belongs to the old sum."""
-    opened, clients = False, list[str]()
+    opened, names = False, list[str]()
     for one in effects:
         if isinstance(one, machine.OpenSum):
-            opened, clients = True, []
+            opened, names = True, []
         elif isinstance(one, machine.Fold):
-            clients.append(one.client)
-    return opened, clients
+            names.append(one.client)
+    return opened, names
 
 
 def _weight(spec: RunSpec, update: UpdateRow) -> int:

@@ -6,6 +6,7 @@ Nothing of an update is held in memory beyond a chunk, and nothing of it counts 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -91,7 +92,8 @@ class Part:
 
     def remove(self) -> None:
         self.close()
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a leftover that cannot be removed goes with its round's folder
+            self.path.unlink(missing_ok=True)
 
 
 class Intake:

@@ -1,0 +1,61 @@
+"""The server's settings: what they are when left out, their ranges, and how mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seqfed.common.config import load_toml, validate
+from seqfed.common.errors import ConfigError
+from seqfed.server.settings import ServerSettings
+
+
+def test_left_out_they_are_safe() -> None:
+    settings = ServerSettings()
+    assert (settings.host, settings.insecure, settings.state) == ("127.0.0.1", False, None)
+    assert settings.port == 7733
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"port": -1}, "'port' = -1"),
+        ({"port": 65_536}, "'port' = 65536"),
+        ({"port": "many"}, "'port' = 'many'"),
+        ({"uploads_in_flight": 0}, "'uploads_in_flight' = 0"),
+        ({"max_clients": 0}, "'max_clients' = 0"),
+        ({"max_model_bytes": 0}, "'max_model_bytes' = 0"),
+        ({"prot": 1}, "unknown key 'prot'; did you mean 'port'?"),
+    ],
+)
+def test_a_mistake_is_named_with_its_key(content: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        validate(ServerSettings, content, "server.toml")
+    assert told in str(refusal.value)
+    assert str(refusal.value).startswith("server.toml: ")
+
+
+def test_a_file_may_say_everything_and_flags_win(tmp_path: Path) -> None:
+    path = tmp_path / "server.toml"
+    path.write_text(
+        'host = "localhost"\nport = 1\nstate = "state"\ninsecure = true\nuploads_in_flight = 2\nmax_clients = 3\n'
+        "max_model_bytes = 4\n"
+    )
+    settings = load_toml(ServerSettings, path, {"port": 5, "host": None})
+    assert settings == ServerSettings(
+        host="localhost",
+        port=5,
+        state=Path("state"),
+        insecure=True,
+        uploads_in_flight=2,
+        max_clients=3,
+        max_model_bytes=4,
+    )
+    assert set(settings.model_fields_set) == set(ServerSettings.model_fields)
+
+
+def test_they_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        ServerSettings().port = 1  # type: ignore[misc]  # that it cannot be set is the point
