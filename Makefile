@@ -17,6 +17,7 @@ TORCH ?=
 ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= 2
+NAME ?= rounds
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -57,7 +58,7 @@ venv: $(DEV_STAMP) ## make .venv with everything for development
 
 # --- using it ----------------------------------------------------------------------------------
 
-demo: $(RUN_STAMP) ## train on three clients on this machine; ARGS='--help' tells its options
+demo: $(RUN_STAMP) ## train on five clients on this machine; ARGS='--help' tells its options
 	@$(BIN)/seqfed demo $(ARGS)
 
 # --- checking it -------------------------------------------------------------------------------
@@ -93,8 +94,8 @@ format: $(DEV_STAMP) ## rewrite the code as ruff would have it
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-bench: $(DEV_STAMP) ## measure, and write the figures under benchmarks/
-	@$(BIN)/python -m benchmarks $(ARGS)
+bench: $(DEV_STAMP) ## measure: NAME=rounds|memory|startup, ARGS='--help' tells its options
+	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
 # --- making things from it ---------------------------------------------------------------------
 

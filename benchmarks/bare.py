@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -23,21 +23,36 @@ from seqfed.common.transfer import CHUNK_BYTES
 from seqfed.v1.federation_pb2 import Chunk
 
 
-def measure(clients: int, size: int, rounds: int) -> float:
-    """Median milliseconds of a bare round of `size` bytes down and up for each of so many client processes."""
+class Bare:
+    """Running processes that do bare rounds when told to."""
+
+    def __init__(self, server: subprocess.Popen[str]) -> None:
+        self._server = server
+
+    def rounds(self, count: int) -> list[float]:
+        """Do so many rounds; their wall times in seconds."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        print(count, file=self._server.stdin, flush=True)
+        return [float(one) for one in json.loads(self._server.stdout.readline())]
+
+
+@contextlib.contextmanager
+def running(clients: int, size: int) -> Iterator[Bare]:
+    """A bare server and so many client processes, for `size` bytes down and up for each client in every round."""
     command = [sys.executable, "-m", "benchmarks.bare"]
-    server = subprocess.Popen(
-        [*command, "server", str(clients), str(size), str(rounds)], stdout=subprocess.PIPE, text=True
-    )
-    assert server.stdout is not None
-    port = server.stdout.readline().strip()
-    others = [subprocess.Popen([*command, "client", port, str(size)]) for _ in range(clients)]
-    times = json.loads(server.stdout.readline())
-    started: list[subprocess.Popen[Any]] = [server, *others]
-    for process in started:
-        process.terminate()
-        process.wait()
-    return 1000 * float(statistics.median(times[1:]))
+    pipe = subprocess.PIPE
+    server = subprocess.Popen([*command, "server", str(clients), str(size)], stdin=pipe, stdout=pipe, text=True)
+    started: list[subprocess.Popen[Any]] = [server]
+    try:
+        assert server.stdout is not None
+        port = server.stdout.readline().strip()
+        started += [subprocess.Popen([*command, "client", port, str(size)]) for _ in range(clients)]
+        yield Bare(server)
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait()
 
 
 def chunks_of(vector: memoryview) -> Iterator[Chunk]:
@@ -60,8 +75,8 @@ async def put_together(messages: AsyncIterator[Chunk], into: memoryview) -> None
     assert received == len(into)
 
 
-async def serve(clients: int, size: int, rounds: int) -> None:
-    """Drive the rounds; prints the port, then the rounds' seconds as JSON."""
+async def serve(clients: int, size: int) -> None:
+    """Print the port; then for each line with a number do as many rounds and print their seconds as JSON."""
     model = vector_of(size)
     rooms = [vector_of(size) for _ in range(clients)]
     queues: list[asyncio.Queue[bytes]] = []
@@ -97,15 +112,16 @@ async def serve(clients: int, size: int, rounds: int) -> None:
     print(port, flush=True)
     for _ in range(clients):
         await joined.acquire()
-    times = []
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        for queue in queues:
-            queue.put_nowait(b"go")
-        for _ in range(clients):
-            await arrived.acquire()
-        times.append(time.perf_counter() - begun)
-    print(json.dumps(times), flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        times = []
+        for _ in range(int(line)):
+            begun = time.perf_counter()
+            for queue in queues:
+                queue.put_nowait(b"go")
+            for _ in range(clients):
+                await arrived.acquire()
+            times.append(time.perf_counter() - begun)
+        print(json.dumps(times), flush=True)
     await server.stop(0)
 
 
@@ -134,14 +150,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     roles = parser.add_subparsers(dest="role", required=True)
     server = roles.add_parser("server")
-    for name in ("clients", "size", "rounds"):
+    for name in ("clients", "size"):
         server.add_argument(name, type=int)
     client = roles.add_parser("client")
     client.add_argument("port")
     client.add_argument("size", type=int)
     given = parser.parse_args()
     if given.role == "server":
-        asyncio.run(serve(given.clients, given.size, given.rounds))
+        asyncio.run(serve(given.clients, given.size))
     else:
         asyncio.run(take_part(given.port, given.size))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from seqfed.client import training
 from seqfed.client.data import ClientData, Sequences
@@ -57,7 +57,7 @@ def test_an_update_is_the_local_model_less_the_global_one() -> None:
     draw = generator(given.spec.seed, 1, "ward", "batches")
     trained = training.train(network, sequences(20), given.spec.training, draw)
     assert update.delta.tobytes() == (network.save().flat - model(given)).tobytes()
-    assert update.sha256 == hashlib.sha256(update.delta.tobytes()).digest()
+    assert update.digest == blake3(update.delta.tobytes()).digest()
     assert (update.weight, update.tally) == (20, trained.tally)
     assert flat.tobytes() == model(given).tobytes()
 
@@ -92,7 +92,7 @@ def test_another_attempt_is_the_same_work() -> None:
     given = task()
     again = replace(given, key=replace(given.key, attempt=2))
     one = workshop().train(given, model(given), never)
-    assert workshop().train(again, model(given), never).sha256 == one.sha256
+    assert workshop().train(again, model(given), never).digest == one.digest
 
 
 def test_scores_are_those_of_the_validation_data() -> None:

@@ -62,7 +62,7 @@ def test_writing_a_default_out_does_not_make_another_run() -> None:
         ({"cohort": {"count": 3, "fraction": 1.0}}, "cohort.count and cohort.fraction exclude each other; keep one"),
         ({"cohort": {"quorum": 3}}, "cohort.quorum (3) is more than the smallest cohort (2); lower quorum"),
         ({"cohort": {"quorum": 5, "count": 4}}, "cohort.quorum (5) is more than the smallest cohort (4)"),
-        ({"convergence": {"metric": "f1"}}, "convergence.metric = 'f1' is not one of loss, accuracy"),
+        ({"convergence": {"metric": "f1"}}, "'convergence.metric' = 'f1': Input should be 'loss' or 'accuracy'"),
         ({"convergence": {}, "evaluation": {"every": 0}}, "convergence needs evaluations; set evaluation.every to 1"),
         ({"rounds": 0}, "'rounds' = 0: Input should be greater than or equal to 1"),
         ({"seed": -1}, "'seed' = -1"),

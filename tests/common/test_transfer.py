@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ def receiver(data: bytes) -> tuple[Reassembly, bytearray]:
         assert offset == len(into)
         into.extend(chunk)
 
-    return Reassembly(len(data), hashlib.sha256(data).digest(), sink), into
+    return Reassembly(len(data), blake3(data).digest(), sink), into
 
 
 @given(st.binary(max_size=20), st.lists(st.integers(0, 6), max_size=4))
@@ -96,7 +96,7 @@ def test_a_sink_that_fails_leaves_the_chunk_to_come_again() -> None:
             raise OSError(28, "No space left on device")
         taken.append(chunk)
 
-    whole = Reassembly(4, hashlib.sha256(b"abcd").digest(), sink)
+    whole = Reassembly(4, blake3(b"abcd").digest(), sink)
     with pytest.raises(OSError, match="No space"):
         whole.add(0, b"abcd")
     assert whole.received == 0
@@ -108,5 +108,5 @@ def test_a_sink_that_fails_leaves_the_chunk_to_come_again() -> None:
 
 @pytest.mark.parametrize("size", [0, 31, 33])
 def test_a_checksum_of_another_length(size: int) -> None:
-    with pytest.raises(BrokenTransfer, match=f"a SHA-256 has 32 bytes, {size} came"):
+    with pytest.raises(BrokenTransfer, match=f"a BLAKE3 digest has 32 bytes, {size} came"):
         Reassembly(1, bytes(size), lambda offset, data: None)

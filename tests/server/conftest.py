@@ -15,6 +15,7 @@ import grpc
 import grpc_status.rpc_status
 import numpy as np
 import pytest
+from blake3 import blake3
 from google.rpc import error_details_pb2
 from hypothesis import settings as hypothesis_settings
 
@@ -169,7 +170,7 @@ class Site:
             weight=1,
             layout_digest=task.model.layout_digest,
             nbytes=len(data),
-            sha256=hashlib.sha256(data).digest(),
+            digest=blake3(data).digest(),
             offset=0,
             tally={"examples": 1, "loss": 1 << 20},
             training_seconds=0.25,
@@ -203,7 +204,7 @@ class Site:
     async def status(self, task: views.Task, data: bytes) -> tuple[int, bool]:
         """(bytes that the server has, whether the update is counted)."""
         key = wire.key_to_wire(task.key)
-        request = federation_pb2.UploadStatusRequest(key=key, sha256=hashlib.sha256(data).digest())
+        request = federation_pb2.UploadStatusRequest(key=key, digest=blake3(data).digest())
         with typed():
             reply = await self.stub.UploadStatus(request, metadata=self.metadata)
         return reply.received_bytes, reply.complete
@@ -282,13 +283,13 @@ class Daemon:
             await site.come(**changes)
         return sites
 
-    async def submit(self, spec: RunSpec, checkpoint: bytes = b"", sha256: bytes | None = None) -> views.RunView:
+    async def submit(self, spec: RunSpec, checkpoint: bytes = b"", digest: bytes | None = None) -> views.RunView:
         """Queue a run, from this file's bytes if there are any."""
-        return await self.submit_raw(spec.canonical, checkpoint, sha256)
+        return await self.submit_raw(spec.canonical, checkpoint, digest)
 
-    async def submit_raw(self, spec: bytes, checkpoint: bytes = b"", sha256: bytes | None = None) -> views.RunView:
-        digest = hashlib.sha256(checkpoint).digest() if sha256 is None else sha256
-        header = admin_pb2.SubmitHeader(spec=spec, checkpoint_bytes=len(checkpoint), checkpoint_sha256=digest)
+    async def submit_raw(self, spec: bytes, checkpoint: bytes = b"", digest: bytes | None = None) -> views.RunView:
+        digest = blake3(checkpoint).digest() if digest is None else digest
+        header = admin_pb2.SubmitHeader(spec=spec, checkpoint_bytes=len(checkpoint), checkpoint_digest=digest)
 
         async def parts() -> AsyncIterator[admin_pb2.SubmitRequest]:
             yield admin_pb2.SubmitRequest(header=header)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from tests.server.conftest import chunks, some_delta, soon, turns_until
 
 from seqfed.common.errors import (
@@ -36,7 +36,7 @@ RUN = "0123456789abcdef"
 
 def header(data: bytes = DATA, offset: int = 0, round_: int = 1, weight: int = 1) -> UpdateHeader:
     return UpdateHeader(
-        TaskKey(RUN, round_, 1), weight, LAYOUT.digest, len(data), hashlib.sha256(data).digest(), offset, {}, 0.0
+        TaskKey(RUN, round_, 1), weight, LAYOUT.digest, len(data), blake3(data).digest(), offset, {}, 0.0
     )
 
 
@@ -59,7 +59,7 @@ class Desk:
         )
 
     def received(self, data: bytes = DATA, client: str = "a") -> int:
-        return self.intake.received(client, RUN, hashlib.sha256(data).digest())
+        return self.intake.received(client, RUN, blake3(data).digest())
 
     def leftovers(self) -> list[str]:
         return sorted(path.name for path in self.folder.glob("*") if path.suffix != ".f32")
@@ -146,7 +146,7 @@ def spoiled(bad: float, place: int) -> bytes:
         (NonFiniteUpdate, spoiled(np.nan, 0), None),
         (NonFiniteUpdate, spoiled(np.inf, LAYOUT.size - 1), None),
         (UpdateOutOfRange, spoiled(2.0**32, 200_000), None),
-        (ChecksumMismatch, OTHER, hashlib.sha256(DATA).digest()),
+        (ChecksumMismatch, OTHER, blake3(DATA).digest()),
     ],
 )
 async def test_a_bad_update_is_dropped(
@@ -154,7 +154,7 @@ async def test_a_bad_update_is_dropped(
 ) -> None:
     one = header(data)
     if announced is not None:
-        one = replace(one, sha256=announced)
+        one = replace(one, digest=announced)
     with pytest.raises(kind):
         await desk.take(one, feed(*chunks(data)))
     assert not desk.final().exists()
@@ -276,7 +276,7 @@ async def test_uploads_in_flight_are_bounded(desk: Desk) -> None:
 
 async def test_a_cut_off_call_leaves_its_thread_to_finish_before_anybody_else_begins(desk: Desk) -> None:
     """The upload's file is a pipe here, so the worker thread stands still until somebody reads."""
-    mark = hashlib.sha256(DATA).hexdigest()[:16]
+    mark = blake3(DATA).hexdigest()[:16]
     desk.folder.mkdir()
     pipe = desk.folder / f"a.f32.{mark}.part"
     os.mkfifo(pipe)
@@ -336,10 +336,10 @@ async def test_a_disk_that_cannot_be_written_is_a_storage_error(desk: Desk) -> N
 
 
 async def test_a_file_is_received_whole_or_refused(tmp_path: Path) -> None:
-    path, digest = tmp_path / "file", hashlib.sha256(DATA).digest()
+    path, digest = tmp_path / "file", blake3(DATA).digest()
     await receive_file(path, len(DATA), digest, feed(*chunks(DATA)))
     assert path.read_bytes() == DATA
-    for kind, total, sha256, parts in (
+    for kind, total, announced, parts in (
         (BrokenTransfer, len(DATA), digest, chunks(DATA)[:2]),
         (BrokenTransfer, len(DATA), digest, chunks(DATA)[1:]),
         (BrokenTransfer, len(DATA) - 4, digest, chunks(DATA)),
@@ -347,4 +347,4 @@ async def test_a_file_is_received_whole_or_refused(tmp_path: Path) -> None:
         (BrokenTransfer, len(DATA), b"", chunks(DATA)),
     ):
         with pytest.raises(kind):
-            await receive_file(path, total, sha256, feed(*parts))
+            await receive_file(path, total, announced, feed(*parts))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from blake3 import blake3
 from tests.server.conftest import (
     BIG,
     SCHEMA,
@@ -206,7 +206,7 @@ async def test_a_model_is_fetched_from_any_offset(daemon: Daemon) -> None:
     await daemon.submit(spec)
     task = await site.task()
     whole = initial_parameters(spec).flat.tobytes()
-    assert task.model == views.ModelVersion(0, len(whole), hashlib.sha256(whole).digest(), layout_of(spec).digest)
+    assert task.model == views.ModelVersion(0, len(whole), blake3(whole).digest(), layout_of(spec).digest)
     for offset in (0, 4, CHUNK_BYTES, CHUNK_BYTES + 8, 2 * CHUNK_BYTES, len(whole) - 4, len(whole), len(whole) + 4):
         assert await site.fetch(task, offset) == whole[offset:]
     assert await site.fetch(task, (1 << 64) - 4) == b""
@@ -290,8 +290,8 @@ REFUSALS: dict[str, tuple[type[SeqfedError], dict[str, Any], bytes, list[tuple[i
     "no bytes": (LayoutMismatch, {}, b"", None),
     "too many bytes": (TooLarge, {}, GOOD + bytes(4), None),
     "far too many bytes": (TooLarge, {"nbytes": 1 << 63}, GOOD, None),
-    "a wrong checksum": (ChecksumMismatch, {"sha256": bytes(32)}, GOOD, None),
-    "half a checksum": (BrokenTransfer, {"sha256": bytes(16)}, GOOD, None),
+    "a wrong checksum": (ChecksumMismatch, {"digest": bytes(32)}, GOOD, None),
+    "half a checksum": (BrokenTransfer, {"digest": bytes(16)}, GOOD, None),
     "no weight": (UpdateOutOfRange, {"weight": 0}, GOOD, None),
     "too much weight": (UpdateOutOfRange, {"weight": (1 << 40) + 1}, GOOD, None),
     "a huge delta": (UpdateOutOfRange, {}, with_bad_number(1e30), None),
@@ -662,7 +662,7 @@ async def test_a_model_over_the_servers_limit_is_refused(daemon: Daemon) -> None
 
 async def test_a_long_reason_of_refusal_names_a_run_shortly(daemon: Daemon) -> None:
     for name in ("nope", "x" * 100_000, ""):
-        with pytest.raises(UnknownRun, match="`seqfed runs` lists them") as refusal:
+        with pytest.raises(UnknownRun, match="`seqfed runs` lists the ids") as refusal:
             await daemon.stop(name)
         assert len(str(refusal.value)) < 200
 

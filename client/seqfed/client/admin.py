@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import grpc
+from blake3 import blake3
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from seqfed.client.channel import ANSWER_S, connected, raising
@@ -33,7 +33,7 @@ class Operator:
         """Queue a run, from its seed or from this safetensors file."""
         header = admin_pb2.SubmitHeader(spec=spec.canonical)
         if initial is not None:
-            header.checkpoint_sha256, header.checkpoint_bytes = _digest(initial)
+            header.checkpoint_digest, header.checkpoint_bytes = _digest(initial)
 
         async def parts() -> AsyncIterator[admin_pb2.SubmitRequest]:
             yield admin_pb2.SubmitRequest(header=header)
@@ -100,7 +100,9 @@ async def operating(address: str, insecure: bool) -> AsyncIterator[Operator]:
 def _digest(path: Path) -> tuple[bytes, int]:
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").digest()
-            return digest, file.tell()
+            hasher = blake3()
+            while piece := file.read(CHUNK_BYTES):
+                hasher.update(piece)
+            return hasher.digest(), file.tell()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error

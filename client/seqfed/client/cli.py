@@ -52,7 +52,7 @@ def client(
     from seqfed.client.session import Session
     from seqfed.client.settings import ClientSettings
     from seqfed.client.work import Workshop
-    from seqfed.common import addresses
+    from seqfed.common import addresses, loop
     from seqfed.common.config import load_toml, validate
     from seqfed.common.errors import ConfigError
     from seqfed.common.logs import set_up
@@ -93,12 +93,11 @@ def client(
     async def run() -> None:
         task = asyncio.current_task()
         assert task is not None
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, task.cancel)
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         try:
             await session.run()
         except asyncio.CancelledError:
             return
 
-    asyncio.run(run())
+    loop.run(run())

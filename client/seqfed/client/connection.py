@@ -56,9 +56,9 @@ class Connection:
                 into.add(chunk.offset, chunk.data)
         into.finish()
 
-    async def upload_status(self, key: views.TaskKey, sha256: bytes) -> tuple[int, bool]:
+    async def upload_status(self, key: views.TaskKey, digest: bytes) -> tuple[int, bool]:
         """(bytes that the server holds, whether the update is counted already)."""
-        request = federation_pb2.UploadStatusRequest(key=wire.key_to_wire(key), sha256=sha256)
+        request = federation_pb2.UploadStatusRequest(key=wire.key_to_wire(key), digest=digest)
         with raising(self._address):
             reply = await self._stub.UploadStatus(request, metadata=self._metadata, timeout=ANSWER_S)
         return reply.received_bytes, reply.complete

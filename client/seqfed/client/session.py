@@ -77,7 +77,7 @@ class Session:
         self._next: asyncio.Queue[views.Task] = asyncio.Queue()
         self._current: views.Task | None = None
         self._cancelled = False
-        self._model: tuple[bytes, Flat] | None = None  # the newest model fetched, by its SHA-256
+        self._model: tuple[bytes, Flat] | None = None  # the newest model fetched, by its BLAKE3 digest
 
     async def run(self) -> None:
         """Take part until cancelled; raises only what trying again cannot mend."""
@@ -197,8 +197,8 @@ class Session:
         """The task's global model, from the last task if it is the same one."""
         flat = None
         if self._model is not None:
-            sha256, flat = self._model
-            if sha256 == task.model.sha256:
+            digest, flat = self._model
+            if digest == task.model.digest:
                 return flat
             self._model = None
         if flat is None or flat.nbytes != task.model.nbytes:
@@ -208,9 +208,9 @@ class Session:
         def sink(offset: int, data: bytes) -> None:
             room[offset : offset + len(data)] = data
 
-        into = Reassembly(task.model.nbytes, task.model.sha256, sink)
+        into = Reassembly(task.model.nbytes, task.model.digest, sink)
         await self._persist(lambda server: server.fetch_model(task.key.run, task.model.version, into))
-        self._model = (task.model.sha256, flat)
+        self._model = (task.model.digest, flat)
         return flat
 
     async def _submit(self, task: views.Task, update: LocalUpdate) -> None:
@@ -220,7 +220,7 @@ class Session:
         async def send(server: Connection) -> None:
             nonlocal tries
             tries += 1
-            offset, complete = (0, False) if tries == 1 else await server.upload_status(task.key, update.sha256)
+            offset, complete = (0, False) if tries == 1 else await server.upload_status(task.key, update.digest)
             if complete:
                 return
             header = views.UpdateHeader(
@@ -228,7 +228,7 @@ class Session:
                 weight=update.weight,
                 layout_digest=task.model.layout_digest,
                 nbytes=len(delta),
-                sha256=update.sha256,
+                digest=update.digest,
                 offset=offset,
                 tally=update.tally,
                 training_seconds=update.training_seconds,

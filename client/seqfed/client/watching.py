@@ -59,7 +59,7 @@ class _Lines:
         self._reason = ""
 
     def update(self, view: RunView, rounds: list[RoundRecord]) -> None:
-        if not rounds and view.reason != self._reason:
+        if not rounds and not view.ended and view.reason != self._reason:
             self._console.print(f"{view.phase}: {view.reason}", highlight=False, markup=False, soft_wrap=True)
             self._reason = view.reason
         for record in rounds[self._shown :]:

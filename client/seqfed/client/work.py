@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from blake3 import blake3
 
 from seqfed.client.data import ClientData
 from seqfed.common.errors import LayoutMismatch, SchemaMismatch
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class LocalUpdate:
-    """delta = local model - global model, with its SHA-256, the examples behind it and what the training told.
+    """delta = local model - global model, with its BLAKE3 digest, the examples behind it and what the training told.
 
     `delta` is the workshop's memory: it holds until the next training.
     """
 
     delta: Flat
-    sha256: bytes
+    digest: bytes
     weight: int
     tally: dict[str, int]
     training_seconds: float
@@ -71,8 +71,8 @@ class Workshop:
             self._delta = np.empty_like(flat)
         delta = network.save(out=self._delta).flat
         delta -= flat
-        sha256 = hashlib.sha256(delta.data.cast("B")).digest()
-        return LocalUpdate(delta, sha256, len(self.data.training), trained.tally, trained.seconds)
+        digest = blake3(delta.data.cast("B")).digest()
+        return LocalUpdate(delta, digest, len(self.data.training), trained.tally, trained.seconds)
 
     def evaluate(self, task: Task, flat: Flat) -> dict[str, int]:
         """The global model's exact sums on this client's validation data."""

@@ -8,7 +8,6 @@ bytes of length and a JSON object) because the library serialises only whole ten
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import tempfile
@@ -16,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from blake3 import blake3
 
 from seqfed.common.errors import CheckpointError, LayoutMismatch, storage_error
 from seqfed.common.layout import BYTES_PER_PARAMETER, Flat, Layout, Parameters
@@ -28,12 +29,12 @@ ALIGNMENT: Final = 8  # the safetensors format pads its header to a multiple of 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A model at rest: where its flat vector starts in which file, and the vector's SHA-256."""
+    """A model at rest: where its flat vector starts in which file, and the vector's BLAKE3 digest."""
 
     path: Path
     layout: Layout
     data_start: int
-    sha256: bytes
+    digest: bytes
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes of the flat vector from byte `offset`."""
@@ -58,18 +59,18 @@ def write(path: Path, layout: Layout, pieces: Iterable[Flat], metadata: Mapping[
     `pieces` are consecutive parts of the flat vector. Raises StorageFull or StorageError; `path` is then unchanged.
     """
     header = _header(layout, metadata)
-    digest = hashlib.sha256()
+    hasher = blake3()
     written = 0
     with replacing(path) as file:
         file.write(header)
         for piece in pieces:
             data = piece.astype("<f4", copy=False).data.cast("B")
-            digest.update(data)
+            hasher.update(data)
             file.write(data)
             written += len(data)
         if written != layout.nbytes:
             raise LayoutMismatch(f"{written:,} bytes came for a model of {layout.nbytes:,}")
-    return ModelFile(path, layout, len(header), digest.digest())
+    return ModelFile(path, layout, len(header), hasher.digest())
 
 
 @contextlib.contextmanager
@@ -86,11 +87,7 @@ def replacing(path: Path) -> Iterator[_Writer]:
         os.close(descriptor)
         descriptor = -1
         Path(temporary).replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except BaseException as error:
         if descriptor >= 0:
             os.close(descriptor)
@@ -99,6 +96,15 @@ def replacing(path: Path) -> Iterator[_Writer]:
         if isinstance(error, OSError):
             raise storage_error(error, f"saving {path.name}") from error
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside this folder outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from typing import Final
 
@@ -45,6 +46,7 @@ def _root(
 
 def main() -> None:
     """Run a command; a refusal is one line on standard error and exit status 1."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own one line says what gRPC's log would say in three
     try:
         build()()
     except SeqfedError as error:

@@ -36,7 +36,7 @@ class ModelVersion:
 
     version: int
     nbytes: int
-    sha256: bytes
+    digest: bytes
     layout_digest: bytes
 
 
@@ -58,7 +58,7 @@ class UpdateHeader:
     weight: int
     layout_digest: bytes
     nbytes: int
-    sha256: bytes
+    digest: bytes
     offset: int
     tally: Mapping[str, int]
     training_seconds: float

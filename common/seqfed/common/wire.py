@@ -17,7 +17,7 @@ PROTOCOL: Final = 1  # version of the contract in protos/; raised when an old pe
 SESSION_METADATA: Final = "seqfed-session"
 ERROR_DOMAIN: Final = "seqfed"  # of google.rpc.ErrorInfo
 CLIENT_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-HEX: Final = re.compile(r"[0-9a-f]{16,32}")
+HEX: Final = re.compile(r"[0-9a-f]{32}")
 
 _KINDS: Final = {
     views.TaskKind.TRAIN: federation_pb2.TASK_KIND_TRAIN,
@@ -46,7 +46,7 @@ def task_to_wire(task: views.Task) -> federation_pb2.Task:
     model = federation_pb2.ModelVersion(
         version=task.model.version,
         bytes=task.model.nbytes,
-        sha256=task.model.sha256,
+        digest=task.model.digest,
         layout_digest=task.model.layout_digest,
     )
     return federation_pb2.Task(kind=_KINDS[task.kind], key=key_to_wire(task.key), spec=task.spec.canonical, model=model)
@@ -69,7 +69,7 @@ def task_from_wire(message: federation_pb2.Task) -> views.Task:
         _KINDS_BACK[message.kind],
         key_from_wire(message.key),
         _spec(message.spec),
-        views.ModelVersion(model.version, model.bytes, model.sha256, model.layout_digest),
+        views.ModelVersion(model.version, model.bytes, model.digest, model.layout_digest),
     )
 
 
@@ -79,7 +79,7 @@ def header_to_wire(header: views.UpdateHeader) -> federation_pb2.UpdateHeader:
         weight=header.weight,
         layout_digest=header.layout_digest,
         bytes=header.nbytes,
-        sha256=header.sha256,
+        digest=header.digest,
         offset=header.offset,
         tally=header.tally,
         training_seconds=header.training_seconds,
@@ -92,7 +92,7 @@ def header_from_wire(message: federation_pb2.UpdateHeader) -> views.UpdateHeader
         weight=message.weight,
         layout_digest=message.layout_digest,
         nbytes=message.bytes,
-        sha256=message.sha256,
+        digest=message.digest,
         offset=message.offset,
         tally=dict(message.tally),
         training_seconds=message.training_seconds,

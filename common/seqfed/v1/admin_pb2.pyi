@@ -25,22 +25,22 @@ class SubmitHeader(_message.Message):
 
     SPEC_FIELD_NUMBER: _builtins.int
     CHECKPOINT_BYTES_FIELD_NUMBER: _builtins.int
-    CHECKPOINT_SHA256_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_DIGEST_FIELD_NUMBER: _builtins.int
     spec: _builtins.bytes
     """JSON of the RunSpec"""
     checkpoint_bytes: _builtins.int
     """size of the safetensors checkpoint that follows; 0 for none"""
-    checkpoint_sha256: _builtins.bytes
+    checkpoint_digest: _builtins.bytes
     def __init__(
         self,
         *,
         spec: _builtins.bytes = ...,
         checkpoint_bytes: _builtins.int = ...,
-        checkpoint_sha256: _builtins.bytes = ...,
+        checkpoint_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "checkpoint_sha256", b"checkpoint_sha256", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_bytes", b"checkpoint_bytes", "checkpoint_digest", b"checkpoint_digest", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -152,7 +152,7 @@ class RoundRecord(_message.Message):
     """clients to server, payload messages, this round"""
     bytes_down: _builtins.int
     seconds: _builtins.float
-    """wall time from asking the cohort to the durable model"""
+    """wall time from asking the cohort until the round is closed, evaluation included"""
     slowest_training_seconds: _builtins.float
     """the slowest client's own training time"""
     @_builtins.property

@@ -187,14 +187,14 @@ class ModelVersion(_message.Message):
 
     VERSION_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
-    SHA256_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     LAYOUT_DIGEST_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """rounds folded into it; 0 is the initial model"""
     bytes: _builtins.int
     """4 x number of parameters"""
-    sha256: _builtins.bytes
-    """of those bytes"""
+    digest: _builtins.bytes
+    """BLAKE3 of those bytes, 32 bytes"""
     layout_digest: _builtins.bytes
     """SHA-256 of the layout's canonical JSON"""
     def __init__(
@@ -202,12 +202,12 @@ class ModelVersion(_message.Message):
         *,
         version: _builtins.int = ...,
         bytes: _builtins.int = ...,
-        sha256: _builtins.bytes = ...,
+        digest: _builtins.bytes = ...,
         layout_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "layout_digest", b"layout_digest", "sha256", b"sha256", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "digest", b"digest", "layout_digest", b"layout_digest", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -291,7 +291,7 @@ class UpdateHeader(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     LAYOUT_DIGEST_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
-    SHA256_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     TALLY_FIELD_NUMBER: _builtins.int
     TRAINING_SECONDS_FIELD_NUMBER: _builtins.int
@@ -300,7 +300,7 @@ class UpdateHeader(_message.Message):
     layout_digest: _builtins.bytes
     bytes: _builtins.int
     """of the whole delta = local model - global model, float32 little-endian"""
-    sha256: _builtins.bytes
+    digest: _builtins.bytes
     """of the whole delta"""
     offset: _builtins.int
     """of the first chunk that follows; a multiple of 4, at most what the server holds"""
@@ -319,14 +319,14 @@ class UpdateHeader(_message.Message):
         weight: _builtins.int = ...,
         layout_digest: _builtins.bytes = ...,
         bytes: _builtins.int = ...,
-        sha256: _builtins.bytes = ...,
+        digest: _builtins.bytes = ...,
         offset: _builtins.int = ...,
         tally: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         training_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "key", b"key", "layout_digest", b"layout_digest", "offset", b"offset", "sha256", b"sha256", "tally", b"tally", "training_seconds", b"training_seconds", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "digest", b"digest", "key", b"key", "layout_digest", b"layout_digest", "offset", b"offset", "tally", b"tally", "training_seconds", b"training_seconds", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -337,8 +337,8 @@ class UploadStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
-    SHA256_FIELD_NUMBER: _builtins.int
-    sha256: _builtins.bytes
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.bytes
     """of the update to be sent; a part of another update counts as nothing"""
     @_builtins.property
     def key(self) -> Global___TaskKey: ...
@@ -346,11 +346,11 @@ class UploadStatusRequest(_message.Message):
         self,
         *,
         key: Global___TaskKey | None = ...,
-        sha256: _builtins.bytes = ...,
+        digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "key", b"key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

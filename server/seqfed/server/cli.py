@@ -25,10 +25,9 @@ def server(
 
     Runs survive a restart. Stop it with Ctrl-C or SIGTERM.
     """
-    import asyncio
-
     from seqfed.common.config import load_toml, validate
     from seqfed.common.logs import set_up
+    from seqfed.common.loop import run
     from seqfed.server.daemon import serve
     from seqfed.server.settings import ServerSettings
 
@@ -39,4 +38,4 @@ def server(
         given = {key: value for key, value in flags.items() if value is not None}
         settings = validate(ServerSettings, given, "flags")
     set_up()
-    asyncio.run(serve(settings))
+    run(serve(settings))

@@ -19,7 +19,17 @@ import numpy as np
 
 from seqfed.common import checkpoint, views
 from seqfed.common.checkpoint import PIECE_BYTES, ModelFile
-from seqfed.common.errors import DuplicateUpdate, NoModel, RunEnded, SeqfedError, TooLarge, UnknownRun, WrongRound
+from seqfed.common.errors import (
+    DuplicateUpdate,
+    NoModel,
+    RunEnded,
+    SeqfedError,
+    StorageError,
+    StorageFull,
+    TooLarge,
+    UnknownRun,
+    WrongRound,
+)
 from seqfed.common.layout import Flat, Layout
 from seqfed.common.metrics import add
 from seqfed.common.model import initial_parameters, layout_of
@@ -36,6 +46,7 @@ from seqfed.server.store import KnownClient, Store, StoredRun, UpdateRow
 
 log = logging.getLogger("seqfed.server")
 
+STORE_AGAIN_S = 5.0  # before an event is tried again that the store could not take
 HISTORY_MESSAGE = 50  # finished rounds in one message to a watcher, well under gRPC's 4 MiB with 1,000 names in each
 
 
@@ -86,6 +97,8 @@ class Coordinator:
         self._items: deque[_Item] = deque()
         self._wake = asyncio.Event()
         self._closing = False
+        self._tidying: set[asyncio.Future[None]] = set()
+        self._seen: dict[str, float] = {}  # when a client that is away was last here, in seconds since the epoch
 
     # Life ---------------------------------------------------------------------------------------------------------
 
@@ -105,6 +118,7 @@ class Coordinator:
                 await self._handle(self._runs[self._items[0].run])
                 self._schedule()
             if self._closing:
+                await asyncio.gather(*self._tidying)
                 return
             self._wake.clear()
             await self._wake.wait()
@@ -114,6 +128,8 @@ class Coordinator:
         self._closing = True
         self.hub.close()
         self._wake.set()
+        for live in self._runs.values():
+            live.tell()
 
     def _post(self, live: Live, event: machine.Event) -> None:
         self._put(_Item(live.run, event))
@@ -159,8 +175,11 @@ class Coordinator:
         for item, refusal in refused:
             if item.answer is not None and not item.answer.done():
                 item.answer.set_exception(refusal)
+            elif item.answer is None and isinstance(refusal, (StorageError, StorageFull)):
+                log.error("run %s: %s: %s; again in %g s", live.run, type(item.event).__name__, refusal, STORE_AGAIN_S)
+                asyncio.get_running_loop().call_later(STORE_AGAIN_S, self._put, item)
             elif item.answer is None:
-                log.warning("run %s: %s came to nothing: %s", live.run, type(item.event).__name__, refusal)
+                log.debug("run %s: %s came to nothing: %s", live.run, type(item.event).__name__, refusal)
         try:
             await self._perform(live, effects)
         except Exception as error:  # whatever it is, it must end this run only, and say so
@@ -260,9 +279,15 @@ class Coordinator:
                     await self._commit_model(live)
                 case machine.CloseRound(round_, _):
                     self.intake.forget(live.run)
-                    await asyncio.to_thread(self._store.tidy, live.run, live.version, round_)
+                    self._tidy(live, round_)
                 case machine.EndRun():
                     self._ended(live)
+
+    def _tidy(self, live: Live, round_: int) -> None:
+        """Remove what no restart needs, beside the work: nobody waits for it."""
+        task = asyncio.ensure_future(asyncio.to_thread(self._store.tidy, live.run, live.version, round_))
+        self._tidying.add(task)
+        task.add_done_callback(self._tidying.discard)
 
     def _start_deadline(self, live: Live, seconds: float) -> None:
         if live.deadline is not None:
@@ -283,7 +308,12 @@ class Coordinator:
     def _write_model(self, live: Live) -> ModelFile:
         assert live.sum is not None
         old = (np.frombuffer(piece, "<f4") for piece in live.model.pieces())
-        metadata = {"run": live.run, "round": str(live.state.round), "spec": live.spec.canonical.decode()}
+        metadata = {
+            "run": live.run,
+            "round": str(live.state.round),
+            "spec": live.spec.canonical.decode(),
+            "spec_digest": live.spec.digest,
+        }
         return checkpoint.write(
             self._store.model_path(live.run, live.state.round), live.layout, fedavg.finish(live.sum, old), metadata
         )
@@ -305,6 +335,7 @@ class Coordinator:
             live.deadline.cancel()
         live.sum = None
         self.intake.forget(live.run)
+        self._tidy(live, live.state.round)
         log.info("run %s: %s: %s", live.run, live.state.phase.value, live.state.reason)
         live.tell()
 
@@ -324,6 +355,7 @@ class Coordinator:
         if self._closing:
             return  # nobody has left: it is the daemon that goes, and its runs stay as they are
         name = arrived or left or ""
+        self._seen[name] = time.time()
         log.info("client %s: %s", name, "connected" if arrived else "disconnected")
         for live in self._runs.values():
             if live.state.phase not in ENDED:  # a queued one too: its turn may be on its way already
@@ -339,7 +371,7 @@ class Coordinator:
 
     def _task(self, live: Live, kind: views.TaskKind) -> views.Task:
         key = views.TaskKey(live.run, live.state.round, live.state.attempt)
-        version = views.ModelVersion(live.version, live.layout.nbytes, live.model.sha256, live.layout.digest)
+        version = views.ModelVersion(live.version, live.layout.nbytes, live.model.digest, live.layout.digest)
         return views.Task(kind, key, live.spec, version)
 
     # What clients say ---------------------------------------------------------------------------------------------
@@ -358,7 +390,7 @@ class Coordinator:
             raise NoModel(f"model version {version} of run {run} is not served; the current one is {live.version}")
         return live, live.model
 
-    def counted(self, client: str, key: views.TaskKey, sha256: bytes) -> bool:
+    def counted(self, client: str, key: views.TaskKey, digest: bytes) -> bool:
         """Whether exactly this update is counted already; raises WrongRound, RunEnded, DuplicateUpdate, UnknownRun."""
         live = self._live(key.run)
         state = live.state
@@ -366,7 +398,7 @@ class Coordinator:
             raise RunEnded(f"run {key.run} is over: {state.reason}")
         known = live.updates.get(client) if client in state.folded else None  # left out of this attempt: send again
         if known is not None and known.round == key.round:
-            if known.sha256 != sha256:
+            if known.digest != digest:
                 raise DuplicateUpdate(
                     f"client '{client}' has already sent another update for round {key.round}; the first one stands"
                 )
@@ -387,14 +419,14 @@ class Coordinator:
     ) -> bool:
         """Receive, check, keep and count one update; True if it had been counted already."""
         live = self._live(header.key.run)
-        if self.counted(client, header.key, header.sha256):
+        if self.counted(client, header.key, header.digest):
             return True
 
         def meter(size: int) -> None:
             live.bytes_up += size
 
         row = UpdateRow(
-            client, header.key.round, header.weight, header.sha256, dict(header.tally), header.training_seconds
+            client, header.key.round, header.weight, header.digest, dict(header.tally), header.training_seconds
         )
         path = self._store.update_path(live.run, header.key.round, client)
         weight, cohort = _weight(live.spec, row), len(live.state.cohort)
@@ -402,7 +434,7 @@ class Coordinator:
         try:
             await self._ask(live, machine.UpdateArrived(header.key.round, client), row)
         except DuplicateUpdate:
-            return self.counted(client, header.key, header.sha256)
+            return self.counted(client, header.key, header.digest)
         self.hub.done(client)
         return False
 
@@ -441,7 +473,7 @@ class Coordinator:
 
         def prepare() -> ModelFile:
             parameters = initial_parameters(spec) if initial is None else checkpoint.load(initial, layout)
-            metadata = {"run": run, "round": "0", "spec": spec.canonical.decode()}
+            metadata = {"run": run, "round": "0", "spec": spec.canonical.decode(), "spec_digest": spec.digest}
             model = checkpoint.save(self._store.model_path(run, 0), parameters, metadata)
             self._store.create(run, spec, model)
             return model
@@ -469,7 +501,7 @@ class Coordinator:
         if len(found) == 1 and run:
             return found[0]
         told = f"{len(found)} runs answer to '{run[:80]}'" if found and run else f"no run answers to '{run[:80]}'"
-        raise UnknownRun(f"{told}; `seqfed runs` lists them")
+        raise UnknownRun(f"{told}; `seqfed runs` lists the ids")
 
     def runs(self) -> list[views.RunView]:
         """All runs, oldest first."""
@@ -489,7 +521,7 @@ class Coordinator:
             after = history[-1].round if history else after
             if len(history) == HISTORY_MESSAGE:
                 continue
-            if ended:
+            if ended or self._closing:
                 return
             await changed.wait()
 
@@ -528,7 +560,8 @@ class Coordinator:
                 views.ClientView(
                     client=known.client,
                     connected=connection is not None,
-                    seconds=now - (connection.since if connection is not None else known.seen),
+                    seconds=now
+                    - (connection.since if connection is not None else self._seen.get(known.client, known.seen)),
                     task=f"{task.kind.value} in round {task.key.round} of {task.key.run}" if task is not None else "",
                     schema=connection.schema if connection is not None else known.schema,
                     software=connection.software if connection is not None else known.software,

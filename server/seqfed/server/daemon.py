@@ -33,7 +33,7 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.keepalive_time_ms", 15_000),  # a dead peer is noticed within 15 + 10 s
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # clients ping every 15 s
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients ping every 15 s
 )
 
 

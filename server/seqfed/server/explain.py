@@ -34,7 +34,7 @@ def explain(spec: RunSpec, run: Run, fitting: Sequence[str], misfits: Mapping[st
 
 
 def _too_few(spec: RunSpec, missing: int, fitting: Sequence[str], misfits: Mapping[str, str]) -> str:
-    here = f"here: {_some(fitting)}" if fitting else "nobody is here"
+    here = f"here: {_some(fitting)}" if fitting else ("nobody that fits is here" if misfits else "nobody is here")
     unfit = "".join(f"; {name} does not fit: it {why}" for name, why in sorted(misfits.items())[:5])
     return f"waits for {missing} more of {spec.cohort.required} clients; {here}{unfit}"
 

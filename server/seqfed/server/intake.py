@@ -15,6 +15,7 @@ from typing import IO, Final
 
 import numpy as np
 
+from seqfed.common.checkpoint import sync_folder
 from seqfed.common.errors import BrokenTransfer, LayoutMismatch, TooLarge, UpdateOutOfRange, storage_error
 from seqfed.common.layout import BYTES_PER_PARAMETER, Layout
 from seqfed.common.transfer import Reassembly
@@ -33,7 +34,7 @@ class Part:
     def __init__(self, header: UpdateHeader, path: Path) -> None:
         self.header = header
         self.path = path
-        self.reassembly = Reassembly(header.nbytes, header.sha256, self._sink)
+        self.reassembly = Reassembly(header.nbytes, header.digest, self._sink)
         self.highest = 0.0  # max |delta| so far
         self.lock = asyncio.Lock()
         self.dropped = False
@@ -76,6 +77,7 @@ class Part:
             os.fsync(self._file.fileno())
             self.close()
             self.path.replace(final)
+            sync_folder(final.parent)
         except OSError as error:
             raise storage_error(error, "keeping an update") from error
 
@@ -103,10 +105,10 @@ class Intake:
         self._moving = asyncio.Semaphore(in_flight)
         self._parts: dict[tuple[str, str], Part] = {}  # by (run, client): a client works on one update at a time
 
-    def received(self, client: str, run: str, sha256: bytes) -> int:
-        """Bytes already here of the update with this SHA-256; 0 if there are none."""
+    def received(self, client: str, run: str, digest: bytes) -> int:
+        """Bytes already here of the update with this BLAKE3 digest; 0 if there are none."""
         part = self._parts.get((run, client))
-        return part.reassembly.received if part is not None and part.header.sha256 == sha256 else 0
+        return part.reassembly.received if part is not None and part.header.digest == digest else 0
 
     async def receive(
         self,
@@ -153,10 +155,10 @@ class Intake:
 
     def _continue(self, place: tuple[str, str], header: UpdateHeader, final: Path) -> Part:
         part = self._parts.get(place)
-        if part is None or part.header.sha256 != header.sha256 or part.header.key.round != header.key.round:
+        if part is None or part.header.digest != header.digest or part.header.key.round != header.key.round:
             if part is not None:
                 part.drop()
-            mark = header.sha256.hex()[:16]  # one that is given up may still be at work on its own file
+            mark = header.digest.hex()[:16]  # one that is given up may still be at work on its own file
             part = self._parts[place] = Part(header, final.with_name(f"{final.name}.{mark}.part"))
         return part
 
@@ -209,7 +211,7 @@ def check_tally(tally: Mapping[str, int], cohort: int) -> None:
             )
 
 
-async def receive_file(path: Path, total: int, sha256: bytes, chunks: AsyncIterator[tuple[int, bytes]]) -> None:
+async def receive_file(path: Path, total: int, digest: bytes, chunks: AsyncIterator[tuple[int, bytes]]) -> None:
     """Receive a whole file; raises the typed error for whatever is wrong with it. The caller removes it."""
     with path.open("wb", buffering=0) as file:
 
@@ -219,7 +221,7 @@ async def receive_file(path: Path, total: int, sha256: bytes, chunks: AsyncItera
             except OSError as error:
                 raise storage_error(error, "receiving a checkpoint") from error
 
-        reassembly = Reassembly(total, sha256, sink)
+        reassembly = Reassembly(total, digest, sink)
         async for offset, data in chunks:
             await asyncio.to_thread(reassembly.add, offset, data)
         reassembly.finish()

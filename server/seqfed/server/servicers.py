@@ -93,8 +93,8 @@ class Federation(federation_pb2_grpc.FederationServicer):
     ) -> federation_pb2.UploadStatusReply:
         async with refusing(context):
             client, key = self._connection(context).client, wire.key_from_wire(request.key)
-            complete = self._coordinator.counted(client, key, request.sha256)
-            received = self._coordinator.intake.received(client, key.run, request.sha256)
+            complete = self._coordinator.counted(client, key, request.digest)
+            received = self._coordinator.intake.received(client, key.run, request.digest)
             return federation_pb2.UploadStatusReply(received_bytes=received, complete=complete)
 
     async def SubmitUpdate(
@@ -147,7 +147,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
             descriptor, name = tempfile.mkstemp(dir=self._settings.state, suffix=".safetensors")
             os.close(descriptor)
             try:
-                await receive_file(Path(name), header.checkpoint_bytes, header.checkpoint_sha256, chunks)
+                await receive_file(Path(name), header.checkpoint_bytes, header.checkpoint_digest, chunks)
                 view = await self._coordinator.submit(spec, Path(name))
             except CheckpointError as error:  # it knows the file by our name for it
                 raise CheckpointError(str(error).replace(name, "the checkpoint")) from error

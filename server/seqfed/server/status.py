@@ -60,10 +60,16 @@ def rich_status(error: BaseException) -> grpc.Status:
     if not isinstance(error, errors.SeqfedError):
         log.error("a call failed unexpectedly", exc_info=error)
         error = errors.InternalError("internal error")
+    message = str(error)
+    if isinstance(error, (errors.StorageError, errors.StorageFull)):
+        log.error("a call failed: %s", message)
+        full = isinstance(error, errors.StorageFull)
+        message = (
+            f"the server {'has no room' if full else 'cannot write'} on its disk; its log says where; try again later"
+        )
     info = any_pb2.Any()
     info.Pack(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=ERROR_DOMAIN))
     code = getattr(code_pb2, STATUS[type(error)].name)
-    message = str(error)
     if len(message) > MAX_MESSAGE:
         message = message[:MAX_MESSAGE] + " ..."
     return grpc_status.rpc_status.to_status(status_pb2.Status(code=code, message=message, details=[info]))

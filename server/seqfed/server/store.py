@@ -40,9 +40,9 @@ def _table(name: str, key: tuple[str, ...], *columns: str) -> sa.Table:
 
 
 RUNS = _table("runs", ("run",), "number", "spec", "state", "started", "ended", "bytes_up", "bytes_down")
-MODELS = _table("models", ("run", "version"), "data_start", "sha256")
+MODELS = _table("models", ("run", "version"), "data_start", "digest")
 ROUNDS = _table("rounds", ("run", "round"), "record")
-UPDATES = _table("updates", ("run", "client"), "round", "weight", "sha256", "tally", "training_seconds")
+UPDATES = _table("updates", ("run", "client"), "round", "weight", "digest", "tally", "training_seconds")
 CLIENTS = _table("clients", ("client",), "instance", "software", "data_schema", "seen")
 
 # Built once: in a round of small updates, building statements would cost more than running them.
@@ -57,7 +57,7 @@ class UpdateRow:
     client: str
     round: int
     weight: int
-    sha256: bytes
+    digest: bytes
     tally: dict[str, int]
     training_seconds: float
 
@@ -176,14 +176,14 @@ class Store:
             model=model,
             version=newest.version,
             updates=tuple(
-                UpdateRow(one.client, one.round, one.weight, one.sha256, json.loads(one.tally), one.training_seconds)
+                UpdateRow(one.client, one.round, one.weight, one.digest, json.loads(one.tally), one.training_seconds)
                 for one in updates
             ),
             record=_record(record) if record is not None else None,
         )
 
     def _model_file(self, run: str, row: sa.Row[Any], layout: Layout) -> ModelFile:
-        return ModelFile(self.model_path(run, row.version), layout, row.data_start, row.sha256)
+        return ModelFile(self.model_path(run, row.version), layout, row.data_start, row.digest)
 
     def history(self, run: str, after: int, last: int, limit: int) -> list[RoundRecord]:
         """The rounds after round `after` up to round `last`, in order, at most `limit` of them."""
@@ -294,7 +294,7 @@ def _replace(connection: sa.Connection, table: sa.Table, row: dict[str, Any]) ->
 
 
 def _model_row(run: str, version: int, model: ModelFile) -> sa.Insert:
-    return MODELS.insert().values(run=run, version=version, data_start=model.data_start, sha256=model.sha256)
+    return MODELS.insert().values(run=run, version=version, data_start=model.data_start, digest=model.digest)
 
 
 def _database_error(error: sa.exc.DBAPIError) -> SeqfedError:

@@ -28,7 +28,7 @@ def upgrade() -> None:
         sa.Column("run", sa.String(16), primary_key=True),
         sa.Column("version", sa.Integer, primary_key=True),
         sa.Column("data_start", sa.Integer, nullable=False),
-        sa.Column("sha256", sa.LargeBinary, nullable=False),
+        sa.Column("digest", sa.LargeBinary, nullable=False),
     )
     op.create_table(
         "rounds",
@@ -42,7 +42,7 @@ def upgrade() -> None:
         sa.Column("client", sa.String(64), primary_key=True),
         sa.Column("round", sa.Integer, nullable=False),
         sa.Column("weight", sa.BigInteger, nullable=False),
-        sa.Column("sha256", sa.LargeBinary, nullable=False),
+        sa.Column("digest", sa.LargeBinary, nullable=False),
         sa.Column("tally", sa.Text, nullable=False),
         sa.Column("training_seconds", sa.Float, nullable=False),
     )
