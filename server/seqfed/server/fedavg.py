@@ -42,7 +42,8 @@ def empty(size: int, used: WeightedSum | None = None) -> WeightedSum:
 
 def peak(numbers: Flat) -> float:
     """max |numbers|; raises NonFiniteUpdate if any is NaN or infinite."""
-    highest = float(np.max(np.abs(numbers), initial=0.0))
+    # Two plain reductions: |numbers| would be a copy. A NaN wins either.
+    highest = max(float(np.max(numbers, initial=0.0)), -float(np.min(numbers, initial=0.0)))
     if not np.isfinite(highest):
         place = int(np.flatnonzero(~np.isfinite(numbers))[0])
         raise NonFiniteUpdate(
