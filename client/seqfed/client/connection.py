@@ -69,8 +69,9 @@ class Connection:
         async def parts() -> AsyncIterator[federation_pb2.SubmitUpdateRequest]:
             yield federation_pb2.SubmitUpdateRequest(header=wire.header_to_wire(header))
             for offset, data in split(delta, header.offset):
-                chunk = federation_pb2.Chunk(offset=offset, data=data)
-                yield federation_pb2.SubmitUpdateRequest(chunk=chunk)
+                request = federation_pb2.SubmitUpdateRequest()  # a Chunk made apart would be copied into it
+                request.chunk.offset, request.chunk.data = offset, data
+                yield request
 
         with raising(self._address):
             reply = await self._stub.SubmitUpdate(parts(), metadata=self._metadata)
