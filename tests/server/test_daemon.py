@@ -355,3 +355,35 @@ async def test_stopping_the_daemon_is_not_its_clients_leaving(tmp_path: Path) ->
     async with a_daemon(tmp_path) as daemon:
         (view,) = await daemon.runs()
         assert (view.phase, view.pending) == ("evaluating", ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("harm", ["gone", "short", "altered"])
+async def test_an_update_that_a_power_cut_harmed_is_asked_for_again(tmp_path: Path, harm: str) -> None:
+    expected, _ = await undisturbed(tmp_path / "undisturbed")
+    state = tmp_path / "state"
+    async with a_daemon(state) as daemon:
+        sites = {site.name: site for site in await daemon.arrive(*"abcd")}
+        run = (await daemon.submit(make_spec(**HARD))).run
+        cohort = (await daemon.until(run, lambda view: view.phase == "training")).cohort
+        for name in cohort[:2]:
+            task = await sites[name].task()
+            await sites[name].submit(task, some_delta(SIZE, ord(name), 1), weight=ord(name))
+    file = state / "updates" / run / "1" / f"{cohort[0]}.f32"
+    match harm:
+        case "gone":
+            file.unlink()
+        case "short":
+            file.write_bytes(file.read_bytes()[:-4])
+        case _:
+            file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
+    async with a_daemon(state) as daemon:
+        sites = {site.name: site for site in await daemon.arrive(*"abcd")}
+        view = await daemon.until(run, lambda view: "away" not in view.reason)
+        assert view.pending == (cohort[0], cohort[2])
+        for name in view.pending:
+            task = await sites[name].task()
+            await sites[name].submit(task, some_delta(SIZE, ord(name), 1), weight=ord(name))
+        for round_ in (2, 3):
+            await train(daemon, sites, run, round_)
+        assert (await daemon.end(run)).phase == "finished"
+        assert (await model_of(daemon, run)).tobytes() == expected.tobytes()

@@ -107,8 +107,12 @@ class Coordinator:
         for stored in await asyncio.to_thread(self._store.runs):
             live = self._runs[stored.run] = _revive(stored)
             if live.state.phase not in ENDED:
-                log.info("run %s: taken up again at round %d", live.run, live.state.round)
-                self._post(live, machine.Restarted())
+                lost = await asyncio.to_thread(self._store.lost, stored)
+                again = f"; to be sent again: {', '.join(lost)}" if lost else ""
+                log.info("run %s: taken up again at round %d%s", live.run, live.state.round, again)
+                for client in lost:
+                    del live.updates[client]
+                self._post(live, machine.Restarted(lost))
 
     async def run(self) -> None:
         """Work until `close`."""

@@ -8,14 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import IO, Final
 
 import numpy as np
 
-from seqfed.common.checkpoint import sync_folder
 from seqfed.common.errors import BrokenTransfer, LayoutMismatch, TooLarge, UpdateOutOfRange, storage_error
 from seqfed.common.layout import BYTES_PER_PARAMETER, Layout
 from seqfed.common.transfer import Reassembly
@@ -49,7 +47,7 @@ class Part:
             raise BrokenTransfer(f"byte {self.reassembly.received:,} is next, the upload began at {offset:,}")
 
     def take(self, offset: int, data: bytes, weight: int, cohort: int, final: Path) -> None:
-        """Add the next chunk; after the last one check the whole and put it in place, durably. Raises what is wrong."""
+        """Add the next chunk; after the last one check the whole and put it in place. Raises what is wrong."""
         if self.dropped:
             raise BrokenTransfer(_GIVEN_UP)
         self.reassembly.add(offset, data)
@@ -74,10 +72,8 @@ class Part:
         fedavg.check(weight, self.highest, cohort)
         assert self._file is not None  # a layout has at least one parameter, so at least one chunk came
         try:
-            os.fsync(self._file.fileno())
             self.close()
             self.path.replace(final)
-            sync_folder(final.parent)
         except OSError as error:
             raise storage_error(error, "keeping an update") from error
 
@@ -121,7 +117,7 @@ class Intake:
         chunks: AsyncIterator[tuple[int, bytes]],
         meter: Callable[[int], None],
     ) -> None:
-        """Take the chunks of one update until it is whole, checked, and durable at `final`.
+        """Take the chunks of one update until it is whole, checked, and in its place, `final`.
 
         `weight`: what it will be folded with, as one of `cohort`. `meter` hears of the bytes of each chunk. Raises the
         typed error for whatever is wrong; after a mere break what has come is kept, after anything else it is dropped.

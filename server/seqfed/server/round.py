@@ -145,7 +145,9 @@ class StopRequested:
 
 @dataclass(frozen=True)
 class Restarted:
-    """The daemon begins anew with this state; no client is connected yet."""
+    """The daemon begins anew with this state; no client is connected yet. `lost`: their updates did not outlive it."""
+
+    lost: tuple[str, ...] = ()
 
 
 Event = (
@@ -432,20 +434,25 @@ def _broken(_: RunSpec, run: Run, event: Broken) -> Step:
     return replace(run, phase=Phase.FAILED, reason=reason), (Dismiss(run.pending), EndRun())
 
 
-def _restarted(spec: RunSpec, run: Run, _: Restarted) -> Step:
+def _restarted(spec: RunSpec, run: Run, event: Restarted) -> Step:
     """The same cohort and seeds, one more attempt; the updates on disk are folded again and not asked for again.
 
     Killing the daemon is no fault of the run, so this attempt does not count as given up.
     """
-    alone = replace(run, present=frozenset())
+    alone, _ = _restarted_waiting(spec, run, event)
     match run.phase:
         case Phase.EVALUATING:
             return alone, (StartDeadline(spec.cohort.deadline_s), Ask(run.pending))
-        case Phase.COMMITTING:
+        case Phase.COMMITTING if alone.folded == run.folded:
             folds = tuple(Fold(name) for name in run.folded)
             return replace(alone, attempt=run.attempt + 1), (OpenSum(), *folds, CommitModel())
         case _:
             return _begin_attempt(spec, alone, run.cohort)
+
+
+def _restarted_waiting(_: RunSpec, run: Run, event: Restarted) -> Step:
+    kept = tuple(name for name in run.folded if name not in event.lost)
+    return replace(run, present=frozenset(), folded=kept), ()
 
 
 def _require_round(run: Run, round_: int, client: str) -> None:
@@ -471,7 +478,7 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[type, Callable[[RunSpec, Run, Any], St
         DeadlinePassed: _unmoved,
         StopRequested: _stop,
         Broken: _broken,
-        Restarted: _unmoved,
+        Restarted: _restarted_waiting,
     },
     Phase.TRAINING: {
         ClientsChanged: _trainers_changed,

@@ -1,7 +1,9 @@
 """The daemon's durable state: a database of runs and rounds, and the folders of models and of complete updates beside it.
 
-Order of every commit: the file is written beside its place, fsynced and renamed; then one transaction makes it count. A
-file without its row is a leftover that the next writer replaces; a row without its file cannot be.
+Order of every commit: the file is written beside its place and renamed; then one transaction makes it count. A file without
+its row is a leftover that the next writer replaces. Models are fsynced before their row, so a row without its model cannot
+be. Updates are not: they outlive a killed daemon, and after a power cut those that are not whole are asked for again, which
+costs less than syncing every one of them, mostly to delete it a second later.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ import sqlalchemy as sa
 import sqlalchemy.exc
 from alembic import command
 from alembic.config import Config
+from blake3 import blake3
 from sqlalchemy import event
 
-from seqfed.common.checkpoint import ModelFile
+from seqfed.common.checkpoint import PIECE_BYTES, ModelFile
 from seqfed.common.errors import SeqfedError, StorageError, StorageFull, storage_error
 from seqfed.common.layout import Layout
 from seqfed.common.model import layout_of
@@ -185,6 +188,14 @@ class Store:
     def _model_file(self, run: str, row: sa.Row[Any], layout: Layout) -> ModelFile:
         return ModelFile(self.model_path(run, row.version), layout, row.data_start, row.digest)
 
+    def lost(self, stored: StoredRun) -> tuple[str, ...]:
+        """The clients whose complete updates are not, or not whole, in their files."""
+        return tuple(
+            one.client
+            for one in stored.updates
+            if _file_digest(self.update_path(stored.run, one.round, one.client)) != one.digest
+        )
+
     def history(self, run: str, after: int, last: int, limit: int) -> list[RoundRecord]:
         """The rounds after round `after` up to round `last`, in order, at most `limit` of them."""
         query = (
@@ -284,6 +295,17 @@ def _prepare_sqlite(connection: Any, _: object) -> None:
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")  # a commit survives a power cut; 0.3 ms more than without
     connection.execute("PRAGMA busy_timeout=10000")
+
+
+def _file_digest(path: Path) -> bytes | None:
+    hasher = blake3()
+    try:
+        with path.open("rb", buffering=0) as file:
+            while piece := file.read(PIECE_BYTES):
+                hasher.update(piece)
+    except OSError:
+        return None
+    return hasher.digest()
 
 
 def _replace(connection: sa.Connection, table: sa.Table, row: dict[str, Any]) -> None:
