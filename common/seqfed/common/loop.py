@@ -1,17 +1,37 @@
-"""The event loop of the long-lived processes: uvloop's, a sixth quicker a round than asyncio's own, where there is one."""
+"""What both sides' coroutines share: the event loop that runs them, and chunks worked on while the next ones come."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """As asyncio.run."""
+    """As asyncio.run, on uvloop where there is one: a round takes a sixth less than on asyncio's own loop."""
     try:
         import uvloop
     except ImportError:  # it does not exist for Windows
         asyncio.run(main)
     else:
         uvloop.run(main)
+
+
+async def each_in_thread(chunks: AsyncIterator[tuple[int, bytes]], take: Callable[[int, bytes], None]) -> None:
+    """Call `take` for each chunk in order in a worker thread, while the next chunk is on its way.
+
+    Raises what `take` or `chunks` raises; in every case, also when cancelled, no call of `take` is left running.
+    """
+    work: asyncio.Task[None] | None = None
+    try:
+        async for offset, data in chunks:
+            if work is not None:
+                await asyncio.shield(work)
+            work = asyncio.create_task(asyncio.to_thread(take, offset, data))
+        if work is not None:
+            await asyncio.shield(work)
+    finally:
+        if work is not None and not work.done():
+            await asyncio.wait([work])
+        if work is not None and not work.cancelled():
+            work.exception()  # looked at: if nobody raised it above, something else is being raised

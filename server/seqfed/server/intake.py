@@ -16,6 +16,7 @@ import numpy as np
 
 from seqfed.common.errors import BrokenTransfer, LayoutMismatch, TooLarge, UpdateOutOfRange, storage_error
 from seqfed.common.layout import BYTES_PER_PARAMETER, Layout
+from seqfed.common.loop import each_in_thread
 from seqfed.common.transfer import Reassembly
 from seqfed.common.views import UpdateHeader
 from seqfed.server import fedavg
@@ -130,9 +131,12 @@ class Intake:
                 try:
                     if not part.done:  # it is if an earlier call was cut off between the last byte and its answer
                         part.expect(header.offset)
-                        async for offset, data in chunks:
+
+                        def take(offset: int, data: bytes) -> None:
                             meter(len(data))
-                            await _to_its_end(part.take, offset, data, weight, cohort, final)
+                            part.take(offset, data, weight, cohort, final)
+
+                        await each_in_thread(chunks, take)
                     if not part.done:
                         raise BrokenTransfer(
                             f"the stream ended at byte {part.reassembly.received:,} of {header.nbytes:,}; go on from there"
@@ -166,18 +170,6 @@ class Intake:
         """Drop what is incomplete of this run: its round is over."""
         for place in [place for place in self._parts if place[0] == run]:
             self._parts.pop(place).drop()
-
-
-async def _to_its_end(work: Callable[..., None], *arguments: object) -> None:
-    """Do this in a worker thread; a cancelled caller waits for it, as nobody else may touch the same things before."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()  # looked at; the call that would hear of it is gone
-        raise
 
 
 def check_header(header: UpdateHeader, layout: Layout, cohort: int) -> None:
@@ -218,6 +210,5 @@ async def receive_file(path: Path, total: int, digest: bytes, chunks: AsyncItera
                 raise storage_error(error, "receiving a checkpoint") from error
 
         reassembly = Reassembly(total, digest, sink)
-        async for offset, data in chunks:
-            await asyncio.to_thread(reassembly.add, offset, data)
+        await each_in_thread(chunks, reassembly.add)
         reassembly.finish()
