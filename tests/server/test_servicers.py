@@ -514,7 +514,7 @@ async def test_an_update_of_an_earlier_attempt_is_wanted_again_when_its_client_i
     first, *_ = view.cohort
     task = await sites[first].task()
     await sites[first].submit(task, deltas[first])
-    was_out = False
+    was_out, attempt = False, view.attempt
     while not (was_out and first in view.cohort):
         attempt = view.attempt + 1
         failing = next(name for name in view.cohort if name != first)

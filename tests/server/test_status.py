@@ -17,7 +17,7 @@ DETAILS = "grpc-status-details-bin"
 
 def details(status: grpc.Status) -> tuple[status_pb2.Status, error_details_pb2.ErrorInfo]:
     """The google.rpc.Status that travels with a gRPC status, and the ErrorInfo in it."""
-    found = dict(status.trailing_metadata or ())
+    found = {key: value for key, value in status.trailing_metadata or () if isinstance(value, bytes)}
     rich = status_pb2.Status.FromString(found[DETAILS])
     info = error_details_pb2.ErrorInfo()
     assert rich.details[0].Unpack(info)

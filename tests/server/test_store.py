@@ -17,6 +17,7 @@ from alembic import command
 from alembic.config import Config
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import exc as sqlalchemy_exc
 from tests.server.conftest import make_spec, some_delta
 
 import seqfed.server.store as store_module
@@ -276,9 +277,9 @@ def test_the_state_is_nobody_elses_to_read(store: Store, tmp_path: Path) -> None
 
 
 def test_a_full_disk_is_called_by_its_name() -> None:
-    full = sa.exc.OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full"))
+    full = sqlalchemy_exc.OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full"))
     assert isinstance(store_module._database_error(full), StorageFull)
-    other = sa.exc.OperationalError("INSERT", {}, sqlite3.OperationalError("disk I/O error"))
+    other = sqlalchemy_exc.OperationalError("INSERT", {}, sqlite3.OperationalError("disk I/O error"))
     error = store_module._database_error(other)
     assert type(error) is StorageError
     assert "disk I/O error" in str(error)

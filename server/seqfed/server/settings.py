@@ -15,7 +15,7 @@ class ServerSettings(Settings):
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(
-        DEFAULT_PORT, ge=0, le=65_535, description="0 picks a free one; see address.json in the state folder"
+        default=DEFAULT_PORT, ge=0, le=65_535, description="0 picks a free one; see address.json in the state folder"
     )
     state: Path | None = Field(
         strict=False, default=None, description="folder for the database and models; left out: the user's state folder"

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-import sqlalchemy.exc
 from alembic import command
 from alembic.config import Config
 from blake3 import blake3
 from sqlalchemy import event
+from sqlalchemy import exc as sqlalchemy_exc
 
 from seqfed.common.checkpoint import PIECE_BYTES, ModelFile
 from seqfed.common.errors import SeqfedError, StorageError, StorageFull, storage_error
@@ -256,7 +256,7 @@ class Store:
         try:
             with self._engine.begin() as connection:
                 yield connection
-        except sa.exc.DBAPIError as error:
+        except sqlalchemy_exc.DBAPIError as error:
             raise _database_error(error) from error
 
 
@@ -285,7 +285,7 @@ def open_store(folder: Path) -> Store:
         with engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
-    except sa.exc.DBAPIError as error:
+    except sqlalchemy_exc.DBAPIError as error:
         os.close(lock)
         raise _database_error(error) from error
     return Store(folder, engine, lock)
@@ -319,7 +319,7 @@ def _model_row(run: str, version: int, model: ModelFile) -> sa.Insert:
     return MODELS.insert().values(run=run, version=version, data_start=model.data_start, digest=model.digest)
 
 
-def _database_error(error: sa.exc.DBAPIError) -> SeqfedError:
+def _database_error(error: sqlalchemy_exc.DBAPIError) -> SeqfedError:
     if "disk is full" in str(error.orig):
         return StorageFull("the disk with the server's database is full; free some space; nothing saved before is lost")
     return StorageError(f"the server's database: {error.orig}")
