@@ -1,7 +1,7 @@
 # One image for the server, the clients and the operator's commands: what it runs is its argument.
 #
 #   docker build --tag seqfed .
-#   docker run --volume seqfed-state:/state seqfed            (the server; see CMD)
+#   docker run --volume seqfed-state:/state seqfed server --host 0.0.0.0 --state /state --insecure   (in a private network)
 #   docker run seqfed submit --help
 #
 # Every dependency is a wheel, so no stage holds a compiler. Versions are those of constraints.txt.
@@ -60,4 +60,4 @@ HEALTHCHECK --interval=10s --timeout=10s --start-period=30s --retries=3 \
     CMD ["seqfed", "health", "--server", "127.0.0.1:7733"]
 ENTRYPOINT ["seqfed"]
 # Beyond loopback the server speaks plaintext only when told to: add --insecure on a private network.
-CMD ["server", "--host", "0.0.0.0", "--state", "/state"]
+CMD ["--help"]

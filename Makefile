@@ -1,7 +1,7 @@
 # The project's commands, each one line to a person. `make` alone lists them.
 #
 # Everything runs from .venv, which the first target to need it makes: `make demo` installs what
-# running takes, the targets for development add their tools. Nothing else is installed by hand.
+# running takes and then the tools for development. Nothing else is installed by hand.
 #
 #   PYTHON=python3.12          the interpreter .venv is made with (3.11 or later)
 #   TORCH_INDEX=URL            also look for torch there: the address that pytorch.org's install page
@@ -58,7 +58,7 @@ venv: $(DEV_STAMP) ## make .venv with everything for development
 
 # --- using it ----------------------------------------------------------------------------------
 
-demo: $(RUN_STAMP) ## train on five clients on this machine; ARGS='--help' tells its options
+demo: $(DEV_STAMP) ## train on five clients on this machine; ARGS='--help' tells its options
 	@$(BIN)/seqfed demo $(ARGS)
 
 # --- checking it -------------------------------------------------------------------------------

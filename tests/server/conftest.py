@@ -302,13 +302,12 @@ class Daemon:
 
     async def runs(self) -> list[views.RunView]:
         with typed():
-            reply = await self.stub.ListRuns(admin_pb2.ListRunsRequest())
-        return [wire.run_from_wire(message) for message in reply.runs]
+            return [wire.run_from_wire(message) async for message in self.stub.ListRuns(admin_pb2.ListRunsRequest())]
 
     async def clients(self) -> dict[str, views.ClientView]:
         with typed():
-            reply = await self.stub.ListClients(admin_pb2.ListClientsRequest())
-        return {message.client: wire.client_from_wire(message) for message in reply.clients}
+            calls = self.stub.ListClients(admin_pb2.ListClientsRequest())
+            return {message.client: wire.client_from_wire(message) async for message in calls}
 
     async def stop(self, run: str) -> views.RunView:
         with typed():

@@ -51,8 +51,8 @@ class Operator:
     async def runs(self) -> list[views.RunView]:
         """All runs, oldest first."""
         with raising(self._address):
-            reply = await self._stub.ListRuns(admin_pb2.ListRunsRequest(), timeout=ANSWER_S)
-        return [wire.run_from_wire(message) for message in reply.runs]
+            calls = self._stub.ListRuns(admin_pb2.ListRunsRequest(), timeout=ANSWER_S)
+            return [wire.run_from_wire(message) async for message in calls]
 
     async def watch(self, run: str, after: int = 0) -> AsyncIterator[views.RunView]:
         """The run at once and after every change, each with the rounds finished since the last; ends with the run."""
@@ -69,8 +69,8 @@ class Operator:
     async def clients(self) -> list[views.ClientView]:
         """Every client that the server has seen."""
         with raising(self._address):
-            reply = await self._stub.ListClients(admin_pb2.ListClientsRequest(), timeout=ANSWER_S)
-        return [wire.client_from_wire(message) for message in reply.clients]
+            calls = self._stub.ListClients(admin_pb2.ListClientsRequest(), timeout=ANSWER_S)
+            return [wire.client_from_wire(message) async for message in calls]
 
     async def export(self, run: str, out: Path) -> int:
         """Write the run's newest model to `out`, whole or not at all; its size in bytes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from seqfed.common.metrics import summary
@@ -76,7 +76,7 @@ def size(count: int) -> str:
 
 
 def runs_table(views: Iterable[RunView]) -> Table:
-    table = Table("run", "name", "phase", "round", "up", "down", "seconds", "why")
+    table = Table(Column("run", no_wrap=True), "name", "phase", "round", "up", "down", "seconds", "why")
     for view in views:
         table.add_row(
             view.run,

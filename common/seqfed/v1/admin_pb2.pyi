@@ -238,7 +238,7 @@ class RunStatus(_message.Message):
 
     @_builtins.property
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundRecord]:
-        """WatchRun: the rounds new since the last snapshot; ListRuns: the last one"""
+        """WatchRun: the rounds new since the last snapshot"""
 
     def __init__(
         self,
@@ -281,28 +281,6 @@ class ListRunsRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListRunsRequest: _TypeAlias = ListRunsRequest  # noqa: Y015
-
-@_typing.final
-class ListRunsReply(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    RUNS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunStatus]:
-        """oldest first"""
-
-    def __init__(
-        self,
-        *,
-        runs: _abc.Iterable[Global___RunStatus] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["runs", b"runs"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ListRunsReply: _TypeAlias = ListRunsReply  # noqa: Y015
 
 @_typing.final
 class WatchRunRequest(_message.Message):
@@ -397,26 +375,6 @@ class ListClientsRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListClientsRequest: _TypeAlias = ListClientsRequest  # noqa: Y015
-
-@_typing.final
-class ListClientsReply(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CLIENTS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def clients(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClientStatus]: ...
-    def __init__(
-        self,
-        *,
-        clients: _abc.Iterable[Global___ClientStatus] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ListClientsReply: _TypeAlias = ListClientsReply  # noqa: Y015
 
 @_typing.final
 class ExportModelRequest(_message.Message):

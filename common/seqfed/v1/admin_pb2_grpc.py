@@ -40,10 +40,10 @@ class AdminStub:
                 request_serializer=seqfed_dot_v1_dot_admin__pb2.SubmitRequest.SerializeToString,
                 response_deserializer=seqfed_dot_v1_dot_admin__pb2.SubmitReply.FromString,
                 _registered_method=True)
-        self.ListRuns = channel.unary_unary(
+        self.ListRuns = channel.unary_stream(
                 '/seqfed.v1.Admin/ListRuns',
                 request_serializer=seqfed_dot_v1_dot_admin__pb2.ListRunsRequest.SerializeToString,
-                response_deserializer=seqfed_dot_v1_dot_admin__pb2.ListRunsReply.FromString,
+                response_deserializer=seqfed_dot_v1_dot_admin__pb2.RunStatus.FromString,
                 _registered_method=True)
         self.WatchRun = channel.unary_stream(
                 '/seqfed.v1.Admin/WatchRun',
@@ -55,10 +55,10 @@ class AdminStub:
                 request_serializer=seqfed_dot_v1_dot_admin__pb2.StopRunRequest.SerializeToString,
                 response_deserializer=seqfed_dot_v1_dot_admin__pb2.RunStatus.FromString,
                 _registered_method=True)
-        self.ListClients = channel.unary_unary(
+        self.ListClients = channel.unary_stream(
                 '/seqfed.v1.Admin/ListClients',
                 request_serializer=seqfed_dot_v1_dot_admin__pb2.ListClientsRequest.SerializeToString,
-                response_deserializer=seqfed_dot_v1_dot_admin__pb2.ListClientsReply.FromString,
+                response_deserializer=seqfed_dot_v1_dot_admin__pb2.ClientStatus.FromString,
                 _registered_method=True)
         self.ExportModel = channel.unary_stream(
                 '/seqfed.v1.Admin/ExportModel',
@@ -78,7 +78,8 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListRuns(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """All runs, oldest first.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -97,7 +98,8 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListClients(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """All clients that were ever here, by name.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -117,10 +119,10 @@ def add_AdminServicer_to_server(servicer, server):
                     request_deserializer=seqfed_dot_v1_dot_admin__pb2.SubmitRequest.FromString,
                     response_serializer=seqfed_dot_v1_dot_admin__pb2.SubmitReply.SerializeToString,
             ),
-            'ListRuns': grpc.unary_unary_rpc_method_handler(
+            'ListRuns': grpc.unary_stream_rpc_method_handler(
                     servicer.ListRuns,
                     request_deserializer=seqfed_dot_v1_dot_admin__pb2.ListRunsRequest.FromString,
-                    response_serializer=seqfed_dot_v1_dot_admin__pb2.ListRunsReply.SerializeToString,
+                    response_serializer=seqfed_dot_v1_dot_admin__pb2.RunStatus.SerializeToString,
             ),
             'WatchRun': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchRun,
@@ -132,10 +134,10 @@ def add_AdminServicer_to_server(servicer, server):
                     request_deserializer=seqfed_dot_v1_dot_admin__pb2.StopRunRequest.FromString,
                     response_serializer=seqfed_dot_v1_dot_admin__pb2.RunStatus.SerializeToString,
             ),
-            'ListClients': grpc.unary_unary_rpc_method_handler(
+            'ListClients': grpc.unary_stream_rpc_method_handler(
                     servicer.ListClients,
                     request_deserializer=seqfed_dot_v1_dot_admin__pb2.ListClientsRequest.FromString,
-                    response_serializer=seqfed_dot_v1_dot_admin__pb2.ListClientsReply.SerializeToString,
+                    response_serializer=seqfed_dot_v1_dot_admin__pb2.ClientStatus.SerializeToString,
             ),
             'ExportModel': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportModel,
@@ -191,12 +193,12 @@ class Admin:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/seqfed.v1.Admin/ListRuns',
             seqfed_dot_v1_dot_admin__pb2.ListRunsRequest.SerializeToString,
-            seqfed_dot_v1_dot_admin__pb2.ListRunsReply.FromString,
+            seqfed_dot_v1_dot_admin__pb2.RunStatus.FromString,
             options,
             channel_credentials,
             insecure,
@@ -272,12 +274,12 @@ class Admin:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/seqfed.v1.Admin/ListClients',
             seqfed_dot_v1_dot_admin__pb2.ListClientsRequest.SerializeToString,
-            seqfed_dot_v1_dot_admin__pb2.ListClientsReply.FromString,
+            seqfed_dot_v1_dot_admin__pb2.ClientStatus.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,11 +34,13 @@ class AdminStub:
     def __new__(cls, channel: _aio.Channel) -> AdminAsyncStub: ...
     Submit: _grpc.StreamUnaryMultiCallable[_admin_pb2.SubmitRequest, _admin_pb2.SubmitReply]
     """Queues a run: a header first, then the chunks of its initial checkpoint if it has one."""
-    ListRuns: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListRunsRequest, _admin_pb2.ListRunsReply]
+    ListRuns: _grpc.UnaryStreamMultiCallable[_admin_pb2.ListRunsRequest, _admin_pb2.RunStatus]
+    """All runs, oldest first."""
     WatchRun: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchRunRequest, _admin_pb2.RunStatus]
     """A snapshot at once and after every change; the stream ends when the run has ended."""
     StopRun: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StopRunRequest, _admin_pb2.RunStatus]
-    ListClients: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListClientsRequest, _admin_pb2.ListClientsReply]
+    ListClients: _grpc.UnaryStreamMultiCallable[_admin_pb2.ListClientsRequest, _admin_pb2.ClientStatus]
+    """All clients that were ever here, by name."""
     ExportModel: _grpc.UnaryStreamMultiCallable[_admin_pb2.ExportModelRequest, _federation_pb2.Chunk]
     """The bytes of the newest model's safetensors file from `offset` on."""
 
@@ -47,11 +49,13 @@ class AdminAsyncStub(AdminStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Submit: _aio.StreamUnaryMultiCallable[_admin_pb2.SubmitRequest, _admin_pb2.SubmitReply]  # type: ignore[assignment]
     """Queues a run: a header first, then the chunks of its initial checkpoint if it has one."""
-    ListRuns: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListRunsRequest, _admin_pb2.ListRunsReply]  # type: ignore[assignment]
+    ListRuns: _aio.UnaryStreamMultiCallable[_admin_pb2.ListRunsRequest, _admin_pb2.RunStatus]  # type: ignore[assignment]
+    """All runs, oldest first."""
     WatchRun: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchRunRequest, _admin_pb2.RunStatus]  # type: ignore[assignment]
     """A snapshot at once and after every change; the stream ends when the run has ended."""
     StopRun: _aio.UnaryUnaryMultiCallable[_admin_pb2.StopRunRequest, _admin_pb2.RunStatus]  # type: ignore[assignment]
-    ListClients: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListClientsRequest, _admin_pb2.ListClientsReply]  # type: ignore[assignment]
+    ListClients: _aio.UnaryStreamMultiCallable[_admin_pb2.ListClientsRequest, _admin_pb2.ClientStatus]  # type: ignore[assignment]
+    """All clients that were ever here, by name."""
     ExportModel: _aio.UnaryStreamMultiCallable[_admin_pb2.ExportModelRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
     """The bytes of the newest model's safetensors file from `offset` on."""
 
@@ -69,7 +73,8 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _admin_pb2.ListRunsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_admin_pb2.ListRunsReply, _abc.Awaitable[_admin_pb2.ListRunsReply]]: ...
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.RunStatus], _abc.AsyncIterator[_admin_pb2.RunStatus]]:
+        """All runs, oldest first."""
 
     @_abc_1.abstractmethod
     def WatchRun(
@@ -91,7 +96,8 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _admin_pb2.ListClientsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_admin_pb2.ListClientsReply, _abc.Awaitable[_admin_pb2.ListClientsReply]]: ...
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.ClientStatus], _abc.AsyncIterator[_admin_pb2.ClientStatus]]:
+        """All clients that were ever here, by name."""
 
     @_abc_1.abstractmethod
     def ExportModel(

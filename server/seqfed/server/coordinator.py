@@ -47,7 +47,9 @@ from seqfed.server.store import KnownClient, Store, StoredRun, UpdateRow
 log = logging.getLogger("seqfed.server")
 
 STORE_AGAIN_S = 5.0  # before an event is tried again that the store could not take
-HISTORY_MESSAGE = 50  # finished rounds in one message to a watcher, well under gRPC's 4 MiB with 1,000 names in each
+HISTORY_NAMES = (
+    8_000  # clients named in one message to a watcher, each twice: 1 MB at 64 letters a name; gRPC stops at 4
+)
 
 
 @dataclass(eq=False)
@@ -205,8 +207,8 @@ class Coordinator:
         model: ModelFile | None = None,
     ) -> None:
         """Make the new state durable with what the events brought, then true; if that fails, nothing has changed."""
-        before = live.state
-        record = self._record(live, effects, model)
+        before, now = live.state, (time.monotonic(), live.bytes_up, live.bytes_down)
+        record = self._record(live, now, effects, model)
         columns: dict[str, float | int] = {}
         if before.phase is Phase.QUEUED and state.phase is not Phase.QUEUED:
             columns["started"] = time.time()
@@ -228,11 +230,11 @@ class Coordinator:
         if record is not None:
             live.record = None if any(isinstance(one, machine.CloseRound) for one in effects) else record
         if state.round != before.round:
-            live.mark = (time.monotonic(), live.bytes_up, live.bytes_down)
+            live.mark = now  # where the last round's record ended, so that the rounds add up to the run
         live.tell()
 
     def _record(
-        self, live: Live, effects: Iterable[machine.Effect], model: ModelFile | None
+        self, live: Live, now: tuple[float, int, int], effects: Iterable[machine.Effect], model: ModelFile | None
     ) -> views.RoundRecord | None:
         """The round's record, to be written with this step: made with its model, completed at its close."""
         clock, up, down = live.mark
@@ -254,9 +256,9 @@ class Coordinator:
         return replace(
             record,
             evaluation=dict(closed.evaluation) if closed is not None else {},
-            bytes_up=live.bytes_up - up,
-            bytes_down=live.bytes_down - down,
-            seconds=time.monotonic() - clock,
+            bytes_up=now[1] - up,
+            bytes_down=now[2] - down,
+            seconds=now[0] - clock,
         )
 
     async def _perform(self, live: Live, effects: Iterable[machine.Effect]) -> None:
@@ -460,8 +462,8 @@ class Coordinator:
         """Note that a client cannot do its task."""
         live = self._live(key.run)
         log.warning("run %s: round %d: client %s: %s", live.run, key.round, client, why)
-        self.hub.done(client)
         await self._ask(live, machine.TaskFailed(key.round, client, why))
+        self.hub.done(client)
 
     # What operators say -------------------------------------------------------------------------------------------
 
@@ -519,11 +521,12 @@ class Coordinator:
             ended = state.phase in ENDED
             last = state.round if ended else state.round - 1  # the round under way has no complete record yet
             history: list[views.RoundRecord] = []
+            most = max(1, min(50, HISTORY_NAMES // max(1, len(self._fitting(live.spec)), len(state.cohort))))
             if last > after:
-                history = await asyncio.to_thread(self._store.history, live.run, after, last, HISTORY_MESSAGE)
+                history = await asyncio.to_thread(self._store.history, live.run, after, last, most)
             yield self.view(live, history)
             after = history[-1].round if history else after
-            if len(history) == HISTORY_MESSAGE:
+            if len(history) == most:
                 continue
             if ended or self._closing:
                 return

@@ -30,6 +30,8 @@ log = logging.getLogger("seqfed.server")
 GRACE: Final = 2.0  # seconds that calls under way have when the daemon stops
 CHANNEL_OPTIONS: Final = (
     ("grpc.so_reuseport", 0),  # a second daemon on the same port must fail, not share it
+    ("grpc.http2.bdp_probe", 0),  # a window that grows with the link's speed grows the server's memory with its clients
+    ("grpc.http2.lookahead_bytes", 2 << 20),  # bytes of a stream that may wait to be read
     ("grpc.keepalive_time_ms", 15_000),  # a dead peer is noticed within 15 + 10 s
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),

@@ -14,7 +14,15 @@ import grpc
 
 from seqfed.common import wire
 from seqfed.common.config import validate_json
-from seqfed.common.errors import BrokenTransfer, CheckpointError, InvalidName, TooLarge, UnknownSession, VersionMismatch
+from seqfed.common.errors import (
+    BrokenTransfer,
+    CheckpointError,
+    InvalidName,
+    TooLarge,
+    UnknownSession,
+    VersionMismatch,
+    storage_error,
+)
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
 from seqfed.common.transfer import CHUNK_BYTES
@@ -144,20 +152,26 @@ class Admin(admin_pb2_grpc.AdminServicer):
                     f"a checkpoint of {header.checkpoint_bytes:,} bytes came; the server's limit (max_model_bytes) is "
                     f"{self._settings.max_model_bytes:,}"
                 )
-            descriptor, name = tempfile.mkstemp(dir=self._settings.state, suffix=".safetensors")
-            os.close(descriptor)
+            try:
+                descriptor, name = tempfile.mkstemp(dir=self._settings.state, suffix=".safetensors")
+                os.close(descriptor)
+            except OSError as error:
+                raise storage_error(error, "receiving a checkpoint") from error
             try:
                 await receive_file(Path(name), header.checkpoint_bytes, header.checkpoint_digest, chunks)
                 view = await self._coordinator.submit(spec, Path(name))
             except CheckpointError as error:  # it knows the file by our name for it
-                raise CheckpointError(str(error).replace(name, "the checkpoint")) from error
+                raise CheckpointError(str(error).removeprefix(f"{name}: ").replace(name, "the checkpoint")) from error
             finally:
                 os.unlink(name)  # noqa: PTH108 - a plain call, as Path methods are reserved for threads here
             return admin_pb2.SubmitReply(run=wire.run_to_wire(view))
 
-    async def ListRuns(self, request: admin_pb2.ListRunsRequest, context: Context) -> admin_pb2.ListRunsReply:
+    async def ListRuns(
+        self, request: admin_pb2.ListRunsRequest, context: Context
+    ) -> AsyncIterator[admin_pb2.RunStatus]:
         async with refusing(context):
-            return admin_pb2.ListRunsReply(runs=[wire.run_to_wire(view) for view in self._coordinator.runs()])
+            for view in self._coordinator.runs():
+                yield wire.run_to_wire(view)
 
     async def WatchRun(
         self, request: admin_pb2.WatchRunRequest, context: Context
@@ -170,16 +184,18 @@ class Admin(admin_pb2_grpc.AdminServicer):
         async with refusing(context):
             return wire.run_to_wire(await self._coordinator.stop(request.run))
 
-    async def ListClients(self, request: admin_pb2.ListClientsRequest, context: Context) -> admin_pb2.ListClientsReply:
+    async def ListClients(
+        self, request: admin_pb2.ListClientsRequest, context: Context
+    ) -> AsyncIterator[admin_pb2.ClientStatus]:
         async with refusing(context):
-            clients = await self._coordinator.clients()
-            return admin_pb2.ListClientsReply(clients=[wire.client_to_wire(view) for view in clients])
+            for view in await self._coordinator.clients():
+                yield wire.client_to_wire(view)
 
     async def ExportModel(
         self, request: admin_pb2.ExportModelRequest, context: Context
     ) -> AsyncIterator[federation_pb2.Chunk]:
         async with refusing(context):
-            offset = request.offset
+            offset = min(request.offset, 1 << 62)  # beyond any file's end there is nothing, and no error
             with self._coordinator.find(request.run).model.path.open("rb", buffering=0) as file:
                 file.seek(offset)
                 while data := file.read(CHUNK_BYTES):

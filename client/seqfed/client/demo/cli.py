@@ -30,7 +30,7 @@ def demo(
     model: Annotated[Kind, typer.Option(help="Recurrent layers.")] = Kind.LSTM,
     partition: Annotated[Partition, typer.Option(help="Split the data evenly or unevenly.")] = Partition.DIRICHLET,
     alpha: Annotated[float, typer.Option(min=0.01, max=1e6, help="Dirichlet: the smaller, the more uneven.")] = 0.5,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split, the model and the training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the split, the model and the training.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for model, curves and logs.")] = Path("seqfed-demo"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, last line.")] = False,
 ) -> None:

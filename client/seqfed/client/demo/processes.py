@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from seqfed.common.errors import ServerUnavailable
+from seqfed.common.errors import ServerUnavailable, storage_error
 
 START_S = 60.0  # a loaded machine imports slowly
 STOP_S = 5.0  # before a process that was asked to stop is killed
@@ -89,7 +89,10 @@ class Processes:
 @contextlib.contextmanager
 def processes(logs: Path) -> Iterator[Processes]:
     """Processes that end with the block, also when it ends by Ctrl-C or SIGTERM."""
-    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, "making the folder for the logs") from error
     found = Processes(logs)
     before = {number: signal.signal(number, found.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
