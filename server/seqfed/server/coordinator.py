@@ -262,16 +262,9 @@ class Coordinator:
         )
 
     async def _perform(self, live: Live, effects: Iterable[machine.Effect]) -> None:
-        opened, names = _folds(effects)
-        folds = [live.updates[name] for name in names]
-        if opened:
-            live.sum = await asyncio.to_thread(fedavg.empty, live.layout.size, live.sum)
-        if folds:
-            await asyncio.to_thread(self._fold, live, folds)
+        """Do them: what others wait for first, then the arithmetic, then what needs its result."""
         for effect in effects:
             match effect:
-                case machine.OpenSum() | machine.Fold():
-                    pass  # done above, all at once
                 case machine.Ask(clients):
                     for client in clients:
                         self.hub.push(client, self._task(live, _ASKS[live.state.phase]))
@@ -281,13 +274,23 @@ class Coordinator:
                         self.hub.done(client)
                 case machine.StartDeadline(seconds):
                     self._start_deadline(live, seconds)
-                case machine.CommitModel():
-                    await self._commit_model(live)
                 case machine.CloseRound(round_, _):
                     self.intake.forget(live.run)
                     self._tidy(live, round_)
                 case machine.EndRun():
                     self._ended(live)
+                case machine.OpenSum() | machine.Fold() | machine.CommitModel():
+                    pass
+        if live.state.phase in ENDED:
+            return  # the sum is of no more use
+        opened, names = _folds(effects)
+        folds = [live.updates[name] for name in names]
+        if opened:
+            live.sum = await asyncio.to_thread(fedavg.empty, live.layout.size, live.sum)
+        if folds:
+            await asyncio.to_thread(self._fold, live, folds)
+        if any(isinstance(one, machine.CommitModel) for one in effects):
+            await self._commit_model(live)
 
     def _tidy(self, live: Live, round_: int) -> None:
         """Remove what no restart needs, beside the work: nobody waits for it."""
