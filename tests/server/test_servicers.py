@@ -772,3 +772,21 @@ async def test_a_surprise_is_logged_and_tells_the_stranger_nothing(
     assert "FileNotFound" not in trailers
     assert str(file.parent) not in trailers
     assert "FileNotFoundError" in caplog.text
+
+
+async def test_a_small_model_comes_with_the_task_and_only_once(daemon: Daemon) -> None:
+    sites = await daemon.arrive("a", "b")
+    await daemon.submit(make_spec(rounds=2, evaluation__every=1))
+    first = {site.name: await site.task() for site in sites}
+    for site in sites:
+        model = first[site.name].model
+        assert model.data == await site.fetch(first[site.name])
+        assert blake3(model.data).digest() == model.digest
+        await site.submit(first[site.name], some_delta(SIZE, 1))
+    for site in sites:
+        scored = await site.task(views.TaskKind.EVALUATE)
+        assert scored.model.data == await site.fetch(scored)
+        await site.score(scored, {"examples": 1, "correct": 1, "loss": 0})
+    for site in sites:
+        again = await site.task()
+        assert (again.model.version, again.model.data) == (1, b"")  # it came with the evaluation

@@ -209,7 +209,11 @@ class Session:
             room[offset : offset + len(data)] = data
 
         into = Reassembly(task.model.nbytes, task.model.digest, sink)
-        await self._persist(lambda server: server.fetch_model(task.key.run, task.model.version, into))
+        if task.model.data:
+            into.add(0, task.model.data)
+            into.finish()
+        else:
+            await self._persist(lambda server: server.fetch_model(task.key.run, task.model.version, into))
         self._model = (task.model.digest, flat)
         return flat
 

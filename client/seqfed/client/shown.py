@@ -76,7 +76,9 @@ def size(count: int) -> str:
 
 
 def runs_table(views: Iterable[RunView]) -> Table:
-    table = Table(Column("run", no_wrap=True), "name", "phase", "round", "up", "down", "seconds", "why")
+    table = Table(
+        Column("run", min_width=16), "name", Column("phase", min_width=10), "round", "up", "down", "seconds", "why"
+    )
     for view in views:
         table.add_row(
             view.run,

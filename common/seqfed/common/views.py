@@ -32,12 +32,13 @@ class TaskKey:
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """One committed global model: `version` rounds are folded into it."""
+    """One committed global model: `version` rounds are folded into it. `data`: the vector, if it comes with the task."""
 
     version: int
     nbytes: int
     digest: bytes
     layout_digest: bytes
+    data: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def task_to_wire(task: views.Task) -> federation_pb2.Task:
         bytes=task.model.nbytes,
         digest=task.model.digest,
         layout_digest=task.model.layout_digest,
+        data=task.model.data,
     )
     return federation_pb2.Task(kind=_KINDS[task.kind], key=key_to_wire(task.key), spec=task.spec.canonical, model=model)
 
@@ -69,7 +70,7 @@ def task_from_wire(message: federation_pb2.Task) -> views.Task:
         _KINDS_BACK[message.kind],
         key_from_wire(message.key),
         _spec(message.spec),
-        views.ModelVersion(model.version, model.bytes, model.digest, model.layout_digest),
+        views.ModelVersion(model.version, model.bytes, model.digest, model.layout_digest, model.data),
     )
 
 

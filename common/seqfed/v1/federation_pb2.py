@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aseqfed/v1/federation.proto\x12\tseqfed.v1\"h\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x10\n\x08software\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x61ta_schema\x18\x05 \x01(\x0c\"\x1c\n\tJoinReply\x12\x0f\n\x07session\x18\x01 \x01(\t\"\x0f\n\rListenRequest\"6\n\x07TaskKey\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\x80\x01\n\x04Task\x12!\n\x04kind\x18\x01 \x01(\x0e\x32\x13.seqfed.v1.TaskKind\x12\x1f\n\x03key\x18\x02 \x01(\x0b\x32\x12.seqfed.v1.TaskKey\x12\x0c\n\x04spec\x18\x03 \x01(\x0c\x12&\n\x05model\x18\x04 \x01(\x0b\x32\x17.seqfed.v1.ModelVersion\"U\n\x0cModelVersion\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x15\n\rlayout_digest\x18\x04 \x01(\x0c\"A\n\x11\x46\x65tchModelRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x80\x02\n\x0cUpdateHeader\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.seqfed.v1.TaskKey\x12\x0e\n\x06weight\x18\x02 \x01(\x04\x12\x15\n\rlayout_digest\x18\x03 \x01(\x0c\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\x12\x0e\n\x06offset\x18\x06 \x01(\x04\x12\x31\n\x05tally\x18\x07 \x03(\x0b\x32\".seqfed.v1.UpdateHeader.TallyEntry\x12\x18\n\x10training_seconds\x18\x08 \x01(\x01\x1a,\n\nTallyEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x12:\x02\x38\x01\"F\n\x13UploadStatusRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.seqfed.v1.TaskKey\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"=\n\x11UploadStatusReply\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"k\n\x13SubmitUpdateRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.seqfed.v1.UpdateHeaderH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.seqfed.v1.ChunkH\x00\x42\x06\n\x04part\"&\n\x11SubmitUpdateReply\x12\x11\n\tduplicate\x18\x01 \x01(\x08\"\xb7\x01\n\x17SubmitEvaluationRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.seqfed.v1.TaskKey\x12\x0f\n\x07version\x18\x02 \x01(\r\x12<\n\x05tally\x18\x03 \x03(\x0b\x32-.seqfed.v1.SubmitEvaluationRequest.TallyEntry\x1a,\n\nTallyEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x12:\x02\x38\x01\"*\n\x15SubmitEvaluationReply\x12\x11\n\tduplicate\x18\x01 \x01(\x08\"X\n\x14ReportFailureRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.seqfed.v1.TaskKey\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x14\n\x12ReportFailureReply*h\n\x08TaskKind\x12\x19\n\x15TASK_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fTASK_KIND_TRAIN\x10\x01\x12\x16\n\x12TASK_KIND_EVALUATE\x10\x02\x12\x14\n\x10TASK_KIND_CANCEL\x10\x03\x32\x82\x04\n\nFederation\x12\x34\n\x04Join\x12\x16.seqfed.v1.JoinRequest\x1a\x14.seqfed.v1.JoinReply\x12\x35\n\x06Listen\x12\x18.seqfed.v1.ListenRequest\x1a\x0f.seqfed.v1.Task0\x01\x12>\n\nFetchModel\x12\x1c.seqfed.v1.FetchModelRequest\x1a\x10.seqfed.v1.Chunk0\x01\x12L\n\x0cUploadStatus\x12\x1e.seqfed.v1.UploadStatusRequest\x1a\x1c.seqfed.v1.UploadStatusReply\x12N\n\x0cSubmitUpdate\x12\x1e.seqfed.v1.SubmitUpdateRequest\x1a\x1c.seqfed.v1.SubmitUpdateReply(\x01\x12X\n\x10SubmitEvaluation\x12\".seqfed.v1.SubmitEvaluationRequest\x1a .seqfed.v1.SubmitEvaluationReply\x12O\n\rReportFailure\x12\x1f.seqfed.v1.ReportFailureRequest\x1a\x1d.seqfed.v1.ReportFailureReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aseqfed/v1/federation.proto\x12\tseqfed.v1\"h\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x10\n\x08software\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x61ta_schema\x18\x05 \x01(\x0c\"\x1c\n\tJoinReply\x12\x0f\n\x07session\x18\x01 \x01(\t\"\x0f\n\rListenRequest\"6\n\x07TaskKey\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\"\x80\x01\n\x04Task\x12!\n\x04kind\x18\x01 \x01(\x0e\x32\x13.seqfed.v1.TaskKind\x12\x1f\n\x03key\x18\x02 \x01(\x0b\x32\x12.seqfed.v1.TaskKey\x12\x0c\n\x04spec\x18\x03 \x01(\x0c\x12&\n\x05model\x18\x04 \x01(\x0b\x32\x17.seqfed.v1.ModelVersion\"c\n\x0cModelVersion\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x15\n\rlayout_digest\x18\x04 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"A\n\x11\x46\x65tchModelRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"%\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x80\x02\n\x0cUpdateHeader\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.seqfed.v1.TaskKey\x12\x0e\n\x06weight\x18\x02 \x01(\x04\x12\x15\n\rlayout_digest\x18\x03 \x01(\x0c\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\x0c\x12\x0e\n\x06offset\x18\x06 \x01(\x04\x12\x31\n\x05tally\x18\x07 \x03(\x0b\x32\".seqfed.v1.UpdateHeader.TallyEntry\x12\x18\n\x10training_seconds\x18\x08 \x01(\x01\x1a,\n\nTallyEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x12:\x02\x38\x01\"F\n\x13UploadStatusRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.seqfed.v1.TaskKey\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"=\n\x11UploadStatusReply\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"k\n\x13SubmitUpdateRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.seqfed.v1.UpdateHeaderH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.seqfed.v1.ChunkH\x00\x42\x06\n\x04part\"&\n\x11SubmitUpdateReply\x12\x11\n\tduplicate\x18\x01 \x01(\x08\"\xb7\x01\n\x17SubmitEvaluationRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.seqfed.v1.TaskKey\x12\x0f\n\x07version\x18\x02 \x01(\r\x12<\n\x05tally\x18\x03 \x03(\x0b\x32-.seqfed.v1.SubmitEvaluationRequest.TallyEntry\x1a,\n\nTallyEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x12:\x02\x38\x01\"*\n\x15SubmitEvaluationReply\x12\x11\n\tduplicate\x18\x01 \x01(\x08\"X\n\x14ReportFailureRequest\x12\x1f\n\x03key\x18\x01 \x01(\x0b\x32\x12.seqfed.v1.TaskKey\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x14\n\x12ReportFailureReply*h\n\x08TaskKind\x12\x19\n\x15TASK_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fTASK_KIND_TRAIN\x10\x01\x12\x16\n\x12TASK_KIND_EVALUATE\x10\x02\x12\x14\n\x10TASK_KIND_CANCEL\x10\x03\x32\x82\x04\n\nFederation\x12\x34\n\x04Join\x12\x16.seqfed.v1.JoinRequest\x1a\x14.seqfed.v1.JoinReply\x12\x35\n\x06Listen\x12\x18.seqfed.v1.ListenRequest\x1a\x0f.seqfed.v1.Task0\x01\x12>\n\nFetchModel\x12\x1c.seqfed.v1.FetchModelRequest\x1a\x10.seqfed.v1.Chunk0\x01\x12L\n\x0cUploadStatus\x12\x1e.seqfed.v1.UploadStatusRequest\x1a\x1c.seqfed.v1.UploadStatusReply\x12N\n\x0cSubmitUpdate\x12\x1e.seqfed.v1.SubmitUpdateRequest\x1a\x1c.seqfed.v1.SubmitUpdateReply(\x01\x12X\n\x10SubmitEvaluation\x12\".seqfed.v1.SubmitEvaluationRequest\x1a .seqfed.v1.SubmitEvaluationReply\x12O\n\rReportFailure\x12\x1f.seqfed.v1.ReportFailureRequest\x1a\x1d.seqfed.v1.ReportFailureReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPDATEHEADER_TALLYENTRY']._serialized_options = b'8\001'
   _globals['_SUBMITEVALUATIONREQUEST_TALLYENTRY']._loaded_options = None
   _globals['_SUBMITEVALUATIONREQUEST_TALLYENTRY']._serialized_options = b'8\001'
-  _globals['_TASKKIND']._serialized_start=1459
-  _globals['_TASKKIND']._serialized_end=1563
+  _globals['_TASKKIND']._serialized_start=1473
+  _globals['_TASKKIND']._serialized_end=1577
   _globals['_JOINREQUEST']._serialized_start=41
   _globals['_JOINREQUEST']._serialized_end=145
   _globals['_JOINREPLY']._serialized_start=147
@@ -48,33 +48,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASK']._serialized_start=251
   _globals['_TASK']._serialized_end=379
   _globals['_MODELVERSION']._serialized_start=381
-  _globals['_MODELVERSION']._serialized_end=466
-  _globals['_FETCHMODELREQUEST']._serialized_start=468
-  _globals['_FETCHMODELREQUEST']._serialized_end=533
-  _globals['_CHUNK']._serialized_start=535
-  _globals['_CHUNK']._serialized_end=572
-  _globals['_UPDATEHEADER']._serialized_start=575
-  _globals['_UPDATEHEADER']._serialized_end=831
-  _globals['_UPDATEHEADER_TALLYENTRY']._serialized_start=787
-  _globals['_UPDATEHEADER_TALLYENTRY']._serialized_end=831
-  _globals['_UPLOADSTATUSREQUEST']._serialized_start=833
-  _globals['_UPLOADSTATUSREQUEST']._serialized_end=903
-  _globals['_UPLOADSTATUSREPLY']._serialized_start=905
-  _globals['_UPLOADSTATUSREPLY']._serialized_end=966
-  _globals['_SUBMITUPDATEREQUEST']._serialized_start=968
-  _globals['_SUBMITUPDATEREQUEST']._serialized_end=1075
-  _globals['_SUBMITUPDATEREPLY']._serialized_start=1077
-  _globals['_SUBMITUPDATEREPLY']._serialized_end=1115
-  _globals['_SUBMITEVALUATIONREQUEST']._serialized_start=1118
-  _globals['_SUBMITEVALUATIONREQUEST']._serialized_end=1301
-  _globals['_SUBMITEVALUATIONREQUEST_TALLYENTRY']._serialized_start=787
-  _globals['_SUBMITEVALUATIONREQUEST_TALLYENTRY']._serialized_end=831
-  _globals['_SUBMITEVALUATIONREPLY']._serialized_start=1303
-  _globals['_SUBMITEVALUATIONREPLY']._serialized_end=1345
-  _globals['_REPORTFAILUREREQUEST']._serialized_start=1347
-  _globals['_REPORTFAILUREREQUEST']._serialized_end=1435
-  _globals['_REPORTFAILUREREPLY']._serialized_start=1437
-  _globals['_REPORTFAILUREREPLY']._serialized_end=1457
-  _globals['_FEDERATION']._serialized_start=1566
-  _globals['_FEDERATION']._serialized_end=2080
+  _globals['_MODELVERSION']._serialized_end=480
+  _globals['_FETCHMODELREQUEST']._serialized_start=482
+  _globals['_FETCHMODELREQUEST']._serialized_end=547
+  _globals['_CHUNK']._serialized_start=549
+  _globals['_CHUNK']._serialized_end=586
+  _globals['_UPDATEHEADER']._serialized_start=589
+  _globals['_UPDATEHEADER']._serialized_end=845
+  _globals['_UPDATEHEADER_TALLYENTRY']._serialized_start=801
+  _globals['_UPDATEHEADER_TALLYENTRY']._serialized_end=845
+  _globals['_UPLOADSTATUSREQUEST']._serialized_start=847
+  _globals['_UPLOADSTATUSREQUEST']._serialized_end=917
+  _globals['_UPLOADSTATUSREPLY']._serialized_start=919
+  _globals['_UPLOADSTATUSREPLY']._serialized_end=980
+  _globals['_SUBMITUPDATEREQUEST']._serialized_start=982
+  _globals['_SUBMITUPDATEREQUEST']._serialized_end=1089
+  _globals['_SUBMITUPDATEREPLY']._serialized_start=1091
+  _globals['_SUBMITUPDATEREPLY']._serialized_end=1129
+  _globals['_SUBMITEVALUATIONREQUEST']._serialized_start=1132
+  _globals['_SUBMITEVALUATIONREQUEST']._serialized_end=1315
+  _globals['_SUBMITEVALUATIONREQUEST_TALLYENTRY']._serialized_start=801
+  _globals['_SUBMITEVALUATIONREQUEST_TALLYENTRY']._serialized_end=845
+  _globals['_SUBMITEVALUATIONREPLY']._serialized_start=1317
+  _globals['_SUBMITEVALUATIONREPLY']._serialized_end=1359
+  _globals['_REPORTFAILUREREQUEST']._serialized_start=1361
+  _globals['_REPORTFAILUREREQUEST']._serialized_end=1449
+  _globals['_REPORTFAILUREREPLY']._serialized_start=1451
+  _globals['_REPORTFAILUREREPLY']._serialized_end=1471
+  _globals['_FEDERATION']._serialized_start=1580
+  _globals['_FEDERATION']._serialized_end=2094
 # @@protoc_insertion_point(module_scope)

@@ -189,6 +189,7 @@ class ModelVersion(_message.Message):
     BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     LAYOUT_DIGEST_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """rounds folded into it; 0 is the initial model"""
     bytes: _builtins.int
@@ -197,6 +198,8 @@ class ModelVersion(_message.Message):
     """BLAKE3 of those bytes, 32 bytes"""
     layout_digest: _builtins.bytes
     """SHA-256 of the layout's canonical JSON"""
+    data: _builtins.bytes
+    """the vector itself if it fits one chunk and was not pushed to this session before; else fetch it"""
     def __init__(
         self,
         *,
@@ -204,10 +207,11 @@ class ModelVersion(_message.Message):
         bytes: _builtins.int = ...,
         digest: _builtins.bytes = ...,
         layout_digest: _builtins.bytes = ...,
+        data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "digest", b"digest", "layout_digest", b"layout_digest", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "data", b"data", "digest", b"digest", "layout_digest", b"layout_digest", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

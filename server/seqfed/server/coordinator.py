@@ -35,6 +35,7 @@ from seqfed.common.metrics import add
 from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.schema import DataSchema, misfit
 from seqfed.common.spec import RunSpec
+from seqfed.common.transfer import CHUNK_BYTES
 from seqfed.server import fedavg
 from seqfed.server import round as machine
 from seqfed.server.explain import explain
@@ -68,6 +69,7 @@ class Live:
     bytes_down: int
     updates: dict[str, UpdateRow]
     sum: fedavg.WeightedSum | None = None
+    small: tuple[bytes, bytes] | None = None  # digest and vector of the current model, if it is one chunk
     record: views.RoundRecord | None = None  # the round that is committed and not yet closed
     mark: tuple[float, int, int] = (0.0, 0, 0)  # clock, bytes up, bytes down when the round began
     deadline: asyncio.TimerHandle | None = None
@@ -266,8 +268,9 @@ class Coordinator:
         for effect in effects:
             match effect:
                 case machine.Ask(clients):
+                    task = self._task(live, _ASKS[live.state.phase])
                     for client in clients:
-                        self.hub.push(client, self._task(live, _ASKS[live.state.phase]))
+                        self.hub.push(client, self._with_model(live, client, task))
                 case machine.Dismiss(clients):
                     for client in clients:
                         self.hub.push(client, self._task(live, views.TaskKind.CANCEL))
@@ -279,8 +282,6 @@ class Coordinator:
                     self._tidy(live, round_)
                 case machine.EndRun():
                     self._ended(live)
-                case machine.OpenSum() | machine.Fold() | machine.CommitModel():
-                    pass
         if live.state.phase in ENDED:
             return  # the sum is of no more use
         opened, names = _folds(effects)
@@ -382,6 +383,17 @@ class Coordinator:
         key = views.TaskKey(live.run, live.state.round, live.state.attempt)
         version = views.ModelVersion(live.version, live.layout.nbytes, live.model.digest, live.layout.digest)
         return views.Task(kind, key, live.spec, version)
+
+    def _with_model(self, live: Live, client: str, task: views.Task) -> views.Task:
+        """The task with its model, where that is one chunk and new to the client: it spares each of them a call."""
+        connection = self.hub.get(client)
+        if connection is None or task.model.nbytes > CHUNK_BYTES or connection.holds == task.model.digest:
+            return task
+        if live.small is None or live.small[0] != task.model.digest:
+            live.small = (task.model.digest, live.model.read(0, task.model.nbytes))
+        connection.holds = task.model.digest
+        live.bytes_down += task.model.nbytes
+        return replace(task, model=replace(task.model, data=live.small[1]))
 
     # What clients say ---------------------------------------------------------------------------------------------
 

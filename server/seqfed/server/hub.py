@@ -24,6 +24,7 @@ class Connection:
     since: float  # seconds since the epoch
     tasks: asyncio.Queue[Task | None] = field(default_factory=asyncio.Queue)  # None ends the stream
     listening: bool = False
+    holds: bytes = b""  # the digest of the model that was last pushed whole
     task: Task | None = None  # the last one pushed and not yet answered
 
 
