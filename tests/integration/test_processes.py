@@ -21,6 +21,7 @@ def seqfed(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProc
     return subprocess.run([*SEQFED, *arguments], capture_output=True, text=True, timeout=100, cwd=cwd)
 
 
+@pytest.mark.slow
 def test_the_demo_trains_saves_and_tells_in_json(tmp_path: Path) -> None:
     flags = ("--rounds", "2", "--clients", "2", "--partition", "iid", "--model", "gru", "--out", "here", "--json")
     done = seqfed("demo", *flags, cwd=tmp_path)
