@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -255,6 +256,21 @@ async def test_a_round_is_the_weighted_mean_of_its_updates(daemon: Daemon) -> No
     assert record.training == {"examples": 2, "loss": 2 << 20}
     assert (record.bytes_up, record.slowest_training_seconds) == (2 * 4 * SIZE, 0.25)
     assert 0 <= record.seconds < 60
+
+
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+async def test_every_order_of_arrival_gives_the_same_bits(daemon: Daemon, weighting: str) -> None:
+    sites = {site.name: site for site in await daemon.arrive(*"abc")}
+    models = set()
+    for order in itertools.permutations("abc"):
+        run = await daemon.submit(make_spec(cohort__min_clients=3, aggregation__weighting=weighting))
+        tasks = {name: await site.task() for name, site in sites.items()}
+        for name in order:
+            await sites[name].submit(tasks[name], some_delta(SIZE, ord(name)), weight=ord(name))
+        view = await daemon.end(run.run)
+        assert view.history[0].folded == order
+        models.add((await model_of(daemon, run.run)).tobytes())
+    assert len(models) == 1
 
 
 async def test_uniform_weighting_counts_every_update_the_same(daemon: Daemon) -> None:

@@ -152,7 +152,7 @@ class RoundRecord(_message.Message):
     """clients to server, payload messages, this round"""
     bytes_down: _builtins.int
     seconds: _builtins.float
-    """wall time from asking the cohort until the round is closed, evaluation included"""
+    """wall time since the round before was closed (the run began), evaluation included"""
     slowest_training_seconds: _builtins.float
     """the slowest client's own training time"""
     @_builtins.property
