@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from seqfed.common.errors import ServerUnavailable, storage_error
 
+T = TypeVar("T")
 START_S = 60.0  # a loaded machine imports slowly
 STOP_S = 5.0  # before a process that was asked to stop is killed
 
@@ -25,6 +28,7 @@ class Processes:
         self._logs = logs
         self._started: list[tuple[str, subprocess.Popen[bytes]]] = []
         self._starting = self._interrupted = self._stopping = False
+        self._cancel: Callable[[], object] | None = None  # ends what `run` runs
 
     def start(self, name: str, *arguments: str) -> None:
         """Start `seqfed ARGUMENTS`; its output goes to NAME.log."""
@@ -41,6 +45,25 @@ class Processes:
         self._starting = False
         if self._interrupted:
             raise KeyboardInterrupt
+
+    def run(self, main: Coroutine[object, object, T]) -> T:
+        """Run it to its end, as asyncio.run does; an interrupt cancels it, then raises KeyboardInterrupt.
+
+        Raised wherever the program happens to be, as elsewhere here, it could strike inside gRPC's C code and crash it.
+        """
+        try:
+            with asyncio.Runner() as runner:
+                loop = runner.get_loop()
+                task = loop.create_task(main)
+                self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+                result = loop.run_until_complete(task)
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+        finally:
+            self._cancel = None
+        if self._interrupted:
+            raise KeyboardInterrupt
+        return result
 
     def require_alive(self) -> None:
         """Raise ServerUnavailable naming the first process that has ended by itself."""
@@ -82,6 +105,9 @@ class Processes:
         if self._stopping:
             for _name, process in self._started:
                 process.kill()
+        elif self._cancel is not None:
+            with contextlib.suppress(RuntimeError):  # its loop has just closed
+                self._cancel()
         elif not self._starting:
             raise KeyboardInterrupt
 

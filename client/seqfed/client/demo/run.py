@@ -144,7 +144,7 @@ def federate(settings: Settings, spec: RunSpec, shards: list[ClientData], consol
         address = server_address(work / "server", started)
         for number, shard in enumerate(shards, 1):
             start_client(started, work, f"client-{number}", shard, address)
-        return asyncio.run(_train(address, spec, settings.out, console, started))
+        return started.run(_train(address, spec, settings.out, console, started))
 
 
 def start_client(started: Processes, work: Path, name: str, shard: ClientData, address: str) -> None:
