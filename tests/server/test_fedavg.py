@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from seqfed.common.errors import EmptyRound, LayoutMismatch, NonFiniteUpdate, UpdateOutOfRange
 from seqfed.common.layout import Flat
-from seqfed.server.fedavg import MAX_WEIGHT, WeightedSum, check, empty, finish, fold, peak
+from seqfed.server.fedavg import MAX_WEIGHT, check, empty, finish, fold, peak
 
 SCALE = 1 << 30
 INT64_END = 1 << 63
@@ -144,8 +144,9 @@ def test_a_used_sums_memory_begins_at_zero_again() -> None:
     fold(used, 2, [flat(1, 2, 3)])
     again = empty(3, used)
     assert again.total is used.total
-    assert again == WeightedSum(again.total, 0)
-    assert not again.total.any()
+    fold(again, 1, [flat(4, 5, 6)])
+    assert list(again.total) == [n * 2**30 for n in (4, 5, 6)]
+    assert (used.weight, again.weight) == (2, 1)
 
 
 def test_a_round_without_updates_has_no_mean() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -272,33 +271,6 @@ async def test_uploads_in_flight_are_bounded(desk: Desk) -> None:
         await soon(uploads[finished])
         assert desk.final(finished).read_bytes() == DATA
     assert sorted(begun) == list("abcd")
-
-
-async def test_a_cut_off_call_leaves_its_thread_to_finish_before_anybody_else_begins(desk: Desk) -> None:
-    """The upload's file is a pipe here, so the worker thread stands still until somebody reads."""
-    mark = blake3(DATA).hexdigest()[:16]
-    desk.folder.mkdir()
-    pipe = desk.folder / f"a.f32.{mark}.part"
-    os.mkfifo(pipe)
-    first = asyncio.create_task(desk.take(header(), feed(chunks(DATA)[0])))
-    await turns_until(lambda: bool(desk.metered))
-    first.cancel()
-    second = asyncio.create_task(desk.take(header(), feed(*chunks(DATA))))
-    for _ in range(100):
-        await asyncio.sleep(0)
-    assert not first.done()
-    assert desk.metered == [CHUNK_BYTES]  # the second has not begun
-
-    def drain() -> int:
-        with pipe.open("rb") as file:
-            return len(file.read(CHUNK_BYTES))
-
-    assert await asyncio.to_thread(drain) == CHUNK_BYTES
-    with pytest.raises(asyncio.CancelledError):
-        await soon(first)
-    with pytest.raises(BrokenTransfer, match=f"byte {CHUNK_BYTES:,} is next, the upload began at 0"):
-        await soon(second)
-    assert desk.received() == CHUNK_BYTES
 
 
 async def test_an_update_cut_off_after_its_last_byte_is_found_whole(desk: Desk) -> None:

@@ -10,7 +10,6 @@ import seqfed.client
 from seqfed.client.channel import ANSWER_S, raising
 from seqfed.common import views, wire
 from seqfed.common.errors import ConfigError, SeqfedError, VersionMismatch
-from seqfed.common.loop import each_in_thread
 from seqfed.common.schema import DataSchema
 from seqfed.common.transfer import Reassembly, split
 from seqfed.v1 import federation_pb2
@@ -52,13 +51,9 @@ class Connection:
     async def fetch_model(self, run: str, version: int, into: Reassembly) -> None:
         """The model's bytes from where `into` stands to their end, checked; at a break, `into` keeps what has come."""
         request = federation_pb2.FetchModelRequest(run=run, version=version, offset=into.received)
-
-        async def chunks() -> AsyncIterator[tuple[int, bytes]]:
-            async for chunk in self._stub.FetchModel(request, metadata=self._metadata):
-                yield chunk.offset, chunk.data
-
         with raising(self._address):
-            await each_in_thread(chunks(), into.add)
+            async for chunk in self._stub.FetchModel(request, metadata=self._metadata):
+                into.add(chunk.offset, chunk.data)
         into.finish()
 
     async def upload_status(self, key: views.TaskKey, digest: bytes) -> tuple[int, bool]:

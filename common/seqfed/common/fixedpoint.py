@@ -20,19 +20,20 @@ PIECE: Final = 1 << 14  # numbers converted at once: the float64 and int64 copie
 LIMIT: Final = float(1 << (62 - FRACTION_BITS))  # of |sum of weight x delta|: one bit below int64's own, for rounding
 
 
-def accumulate(total: NDArray[np.int64], numbers: NDArray[np.float32], weight: int) -> None:
-    """total += round(weight x numbers x 2^30), in place; both of one shape (n,).
+def accumulate(total: NDArray[np.int64], numbers: NDArray[np.float32], weight: int, *, first: bool = False) -> None:
+    """total += round(weight x numbers x 2^30), in place; both of one shape (n,). The first overwrites what `total` held.
 
     Precondition: weight x max|numbers| <= LIMIT, also for the sum of all that is accumulated.
     """
     scaled, whole = np.empty(PIECE), np.empty(PIECE, np.int64)
     for start in range(0, len(numbers), PIECE):
-        part = numbers[start : start + PIECE]
+        part, sums = numbers[start : start + PIECE], total[start : start + PIECE]
         reals, integers = scaled[: len(part)], whole[: len(part)]
         np.multiply(part, weight * SCALE, out=reals, dtype=np.float64)
         np.rint(reals, out=reals)
-        np.copyto(integers, reals, casting="unsafe")
-        total[start : start + PIECE] += integers
+        np.copyto(sums if first else integers, reals, casting="unsafe")
+        if not first:
+            sums += integers
 
 
 def mean(total: NDArray[np.int64], weight: int) -> NDArray[np.float64]:

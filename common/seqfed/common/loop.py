@@ -1,11 +1,11 @@
-"""What both sides' coroutines share: the event loop that runs them, and chunks worked on while the next ones come."""
+"""The event loop that both sides' coroutines run on, and the memory allocator beneath it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import ctypes
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 
@@ -21,30 +21,15 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 
 def _share_memory() -> None:
-    """Let glibc's threads share two arenas: of the eight each, freed chunks stay behind in all that ever held one.
+    """Let glibc's threads share two arenas, which keep what is freed in them for the next chunk.
 
-    With 8 clients and a 100 MB model, the server peaked at 490 MB with two and at 740 MB without this.
+    Of the eight arenas each that there are otherwise, freed chunks stay behind in all that ever held one: with 8 clients
+    and a 100 MB model the server peaked at 740 MB, with two arenas at 490 MB. Memory handed back to the system between two
+    chunks costs more to get again than the chunk to copy.
     """
-    m_arena_max = -8  # malloc.h
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
     with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").mallopt(m_arena_max, 2)
-
-
-async def each_in_thread(chunks: AsyncIterator[tuple[int, bytes]], take: Callable[[int, bytes], None]) -> None:
-    """Call `take` for each chunk in order in a worker thread, while the next chunk is on its way.
-
-    Raises what `take` or `chunks` raises; in every case, also when cancelled, no call of `take` is left running.
-    """
-    work: asyncio.Task[None] | None = None
-    try:
-        async for offset, data in chunks:
-            if work is not None:
-                await asyncio.shield(work)
-            work = asyncio.create_task(asyncio.to_thread(take, offset, data))
-        if work is not None:
-            await asyncio.shield(work)
-    finally:
-        if work is not None and not work.done():
-            await asyncio.wait([work])
-        if work is not None and not work.cancelled():
-            work.exception()  # looked at: if nobody raised it above, something else is being raised
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_arena_max, 2)
+        libc.mallopt(m_mmap_threshold, 16 << 20)  # larger than any piece of a model that is ever held
+        libc.mallopt(m_trim_threshold, 64 << 20)

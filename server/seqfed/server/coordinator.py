@@ -287,7 +287,7 @@ class Coordinator:
         opened, names = _folds(effects)
         folds = [live.updates[name] for name in names]
         if opened:
-            live.sum = await asyncio.to_thread(fedavg.empty, live.layout.size, live.sum)
+            live.sum = fedavg.empty(live.layout.size, live.sum)
         if folds:
             await asyncio.to_thread(self._fold, live, folds)
         if any(isinstance(one, machine.CommitModel) for one in effects):

@@ -5,7 +5,7 @@ decentralized data", Algorithm 1): the new global model is the old one plus the 
 
 The sum is kept in integers (`seqfed.common.fixedpoint`), so the result is the same to the last bit whatever order the
 updates arrive in. Each update is checked wholly before it is folded, and folded in pieces, so that memory is one int64
-vector, whoever many clients there are.
+vector, however many clients there are; the first update is written over whatever that vector held.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqfed.common.errors import EmptyRound, LayoutMismatch, NonFiniteUpdate, UpdateOutOfRange
-from seqfed.common.fixedpoint import LIMIT, accumulate, mean
+from seqfed.common.fixedpoint import LIMIT, PIECE, accumulate, mean
 from seqfed.common.layout import Flat
 
 MAX_WEIGHT: Final = 1 << 40  # examples (or tokens) behind one update: weight x 2^30 stays exact in a float64's exponent
@@ -28,16 +28,13 @@ MAX_WEIGHT: Final = 1 << 40  # examples (or tokens) behind one update: weight x 
 class WeightedSum:
     """sum_k n_k delta_k in units of 2^-30, and sum_k n_k, of one round."""
 
-    total: NDArray[np.int64]  # shape (parameters,)
+    total: NDArray[np.int64]  # shape (parameters,); anything while weight is 0
     weight: int = 0
 
 
 def empty(size: int, used: WeightedSum | None = None) -> WeightedSum:
     """The sum of no updates, for a model of `size` parameters; in the memory of a sum that is no longer needed, if given."""
-    if used is None:
-        return WeightedSum(np.zeros(size, np.int64))
-    used.total.fill(0)
-    return WeightedSum(used.total)
+    return WeightedSum(np.empty(size, np.int64) if used is None else used.total)
 
 
 def peak(numbers: Flat) -> float:
@@ -75,7 +72,7 @@ def fold(sum_: WeightedSum, weight: int, delta: Iterable[Flat]) -> None:
     for part in delta:
         if start + len(part) > len(sum_.total):
             raise LayoutMismatch(f"an update has more than the model's {len(sum_.total):,} parameters")
-        accumulate(sum_.total[start : start + len(part)], part, weight)
+        accumulate(sum_.total[start : start + len(part)], part, weight, first=sum_.weight == 0)
         start += len(part)
     if start != len(sum_.total):
         raise LayoutMismatch(f"an update has {start:,} of the model's {len(sum_.total):,} parameters")
@@ -88,6 +85,10 @@ def finish(sum_: WeightedSum, model: Iterable[Flat]) -> Iterator[Flat]:
         raise EmptyRound("no update was folded in this round, so it has no mean")
     start = 0
     for part in model:
-        fresh = (part + mean(sum_.total[start : start + len(part)], sum_.weight)).astype(np.float32)
+        fresh = np.empty(len(part), np.float32)
+        for at in range(0, len(part), PIECE):
+            old = part[at : at + PIECE]
+            change = mean(sum_.total[start + at : start + at + len(old)], sum_.weight)
+            np.add(old, change, out=fresh[at : at + PIECE], dtype=np.float64, casting="same_kind")
         start += len(part)
         yield fresh
