@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.client.ready import Ready
 
-from seqfed.client.data import ClientData, Sequences
+from seqfed.client.data import Sequences
 from seqfed.client.session import FIRST_WAIT, HOPELESS, LONGEST_WAIT, OUTDATED, PASSING, Backoff, Session
 from seqfed.client.work import Workshop
 from seqfed.common.errors import ConfigError, InsecureRefused, SeqfedError
@@ -27,8 +28,8 @@ OTHER = replace(TRAIN, key=TaskKey("other", 1, 1))
 
 
 def session(server: str = "127.0.0.1:1") -> Session:
-    data = Sequences(np.zeros((1, 1, 1), np.float32), np.zeros(1, np.int64))
-    return Session(Workshop("ward", ClientData(data, data), 1), server, "0" * 32, insecure=False)
+    data = Sequences.of(np.zeros((1, 1, 1), np.float32), np.zeros(1, np.int64))
+    return Session(Workshop("ward", Ready(data, data, 1)), server, "0" * 32, insecure=False)
 
 
 @given(st.integers(1, 20))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from seqfed.client.shown import (
     client_dict,
     clients_table,
+    columns,
     progress_table,
     round_dict,
     round_row,
@@ -21,6 +23,7 @@ from seqfed.client.shown import (
     runs_table,
     size,
 )
+from seqfed.common.metrics import main_metrics
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import DataSpec, RunSpec
 from seqfed.common.views import ClientView, RoundRecord, RunView
@@ -31,11 +34,14 @@ RECORD = RoundRecord(
     cohort=("a", "b", "c"),
     folded=("a", "b"),
     training={"examples": 4, "loss": 2 << 20},
-    evaluation={"examples": 8, "loss": 1 << 20, "correct": 6},
+    evaluation={"loss": 0.125, "accuracy": 0.75, "macro_f1": 0.7, "auroc": 0.9},
     bytes_up=1_000_000,
     bytes_down=500_000,
     seconds=1.23456,
     slowest_training_seconds=0.5,
+    spread={"loss": (0.25, 0.5), "auroc": (0.875, 0.625)},
+    evaluated_examples=8,
+    evaluated_clients=3,
 )
 SPEC = RunSpec(data=DataSpec(features=1, classes=2))
 
@@ -57,10 +63,11 @@ def view(reason: str = "waiting for 1 more", ended: bool = False) -> RunView:
         seconds=61.5,
         spec=SPEC,
         ended=ended,
+        metrics={"loss": 0.125, "accuracy": 0.75, "macro_f1": 0.7},
     )
 
 
-def text(table: Table) -> str:
+def text(table: RenderableType) -> str:
     console = Console(file=io.StringIO(), width=200)
     console.print(table)
     assert isinstance(console.file, io.StringIO)
@@ -76,7 +83,14 @@ def test_a_round_for_programs() -> None:
         "training_loss": 0.5,
         "loss": 0.125,
         "accuracy": 0.75,
+        "macro_f1": 0.7,
+        "auroc": 0.9,
+        "spread": {
+            "loss": {"median": 0.25, "worst_decile": 0.5},
+            "auroc": {"median": 0.875, "worst_decile": 0.625},
+        },
         "evaluated_examples": 8,
+        "evaluated_clients": 3,
         "bytes_up": 1_000_000,
         "bytes_down": 500_000,
         "seconds": 1.2346,
@@ -88,11 +102,30 @@ def test_a_round_without_evaluation_has_no_metrics() -> None:
     bare = RoundRecord(1, 1, ("a",), ("a",))
     assert round_dict(bare).keys().isdisjoint({"loss", "accuracy"})
     assert round_dict(bare)["training_loss"] is None
-    assert round_row(bare) == ("1", "done", "1/1", "-", "-", "0 B", "0.00")
+    assert round_row(bare, ("loss", "auroc")) == ("1", "done", "1/1", "-", "-", "0 B", "0.00")
 
 
 def test_a_round_for_people() -> None:
-    assert round_row(RECORD) == ("2", "done", "2/3", "0.1250", "0.7500", "1.5 MB", "1.23")
+    metrics = main_metrics(SPEC)
+    assert columns(metrics) == ("round", "phase", "clients", "loss", "accuracy", "auroc", "bytes", "seconds")
+    assert round_row(RECORD, metrics) == ("2", "done", "2/3", "0.1250", "0.7500", "0.9000", "1.5 MB", "1.23")
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "heads"),
+    [
+        ("classification", {"features": 1, "classes": 3}, ["loss", "accuracy"]),
+        ("multilabel", {"features": 1, "targets": 3}, ["loss", "accuracy", "auroc"]),
+        ("regression", {"features": 1, "targets": 3}, ["rmse", "mae"]),
+        ("forecast", {"features": 1, "steps": 3, "stride": 1}, ["rmse", "mae"]),
+        ("next_token", {"vocabulary": ("a",), "steps": 3}, ["loss", "perplexity", "accuracy"]),
+    ],
+)
+def test_the_live_table_has_the_metrics_of_the_task(kind: str, data: dict[str, Any], heads: list[str]) -> None:
+    spec = RunSpec.model_validate({"data": data, "task": {"kind": kind}})
+    table = progress_table(replace(view(), spec=spec), [RECORD])
+    assert [column.header for column in table.columns] == ["round", "phase", "clients", *heads, "bytes", "seconds"]
+    assert table.row_count == 2
 
 
 def test_a_run_for_programs() -> None:
@@ -108,9 +141,27 @@ def test_reasons_are_shown_as_they_are(reason: str) -> None:
     assert reason in text(progress_table(view(reason), []))
 
 
+def test_a_narrow_terminal_still_says_why() -> None:
+    reason = "waits for 2 more of 2 clients; nobody is here; site-a does not fit: it has 3 features a step"
+    console = Console(width=60, file=io.StringIO())
+    console.print(runs_table([view(reason)]))
+    assert isinstance(console.file, io.StringIO)
+    assert reason.replace(" ", "") in "".join(console.file.getvalue().split())
+
+
 def test_the_runs_table() -> None:
     shown = text(runs_table([view()]))
-    for said in ("0123456789abcdef", "trial", "training", "3/9", "1.0 MB", "2.0 MB", "61.5"):
+    for said in (
+        "0123456789abcdef",
+        "trial",
+        "training",
+        "3/9",
+        "loss 0.125 ",
+        "accuracy 0.75 ",
+        "1.0 MB",
+        "2.0 MB",
+        "61.5",
+    ):
         assert said in shown
 
 
@@ -138,6 +189,9 @@ def test_clients() -> None:
         "features": 4,
         "steps": None,
         "classes": 2,
+        "columns": None,
+        "categories": [],
+        "tokens": False,
         "examples": 77,
         "validation_examples": 11,
     }

@@ -38,7 +38,7 @@ def test_flags_win_and_none_does_not(file: Path) -> None:
         (GOOD + "[convergence]\npatient = 1\n", "unknown key 'convergence.patient'; did you mean 'patience'?"),
         (GOOD + "[evaluation]\nqqq = 1\n", "unknown key 'evaluation.qqq'; known keys: every"),
         ("rounds = 3\n", "'data' is missing"),
-        ("[data]\nfeatures = 2\n", "'data.classes' is missing"),
+        ("[data]\nfeatures = 2\n", "a classification task needs data.classes or data.labels"),
         ("rounds = 'three'\n" + GOOD[11:], "'rounds' = 'three': Input should be a valid integer"),
         ("rounds = 1.5\n" + GOOD[11:], "'rounds' = 1.5: Input should be a valid integer"),
         ("data = 3\n", "'data' = 3: Input should be a valid dictionary"),

@@ -17,6 +17,9 @@ texts = st.text(max_size=8)
 names = st.lists(texts, max_size=3).map(tuple)
 seconds = st.floats(0, 1e12)
 tallies = st.dictionaries(texts, st.integers(-(1 << 63), (1 << 63) - 1), max_size=3)
+reals = st.floats(allow_nan=False)
+metrics = st.dictionaries(texts, reals, max_size=3)
+spreads = st.dictionaries(texts, st.tuples(reals, reals), max_size=3)
 counts = st.integers(1, 1_000_000)
 positive = st.floats(0, 1, exclude_min=True)
 
@@ -45,7 +48,9 @@ tasks = st.builds(views.Task, st.sampled_from(views.TaskKind), keys, specs, vers
 headers = st.builds(
     views.UpdateHeader, keys, u64, st.binary(max_size=32), u64, st.binary(max_size=32), u64, tallies, seconds
 )
-records = st.builds(views.RoundRecord, u32, u32, names, names, tallies, tallies, u64, u64, seconds, seconds)
+records = st.builds(
+    views.RoundRecord, u32, u32, names, names, tallies, metrics, u64, u64, seconds, seconds, spreads, u64, u32
+)
 schemas = st.builds(DataSchema, features=counts, steps=st.none() | counts, classes=counts, examples=counts)
 runs = st.builds(
     views.RunView,
@@ -64,6 +69,7 @@ runs = st.builds(
     seconds=seconds,
     spec=specs,
     ended=st.booleans(),
+    metrics=metrics,
 )
 clients = st.builds(views.ClientView, texts, st.booleans(), seconds, texts, schemas, texts)
 
@@ -75,6 +81,9 @@ several = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 def test_tasks_survive(task: views.Task) -> None:
     message = wire.task_to_wire(task)
     assert wire.task_from_wire(type(message).FromString(message.SerializeToString())) == task
+    again = wire.task_to_wire(task, task.spec)  # the next one of the same run on the same stream
+    assert not again.spec
+    assert wire.task_from_wire(again, task.spec) == task
 
 
 @several

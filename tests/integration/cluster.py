@@ -6,8 +6,10 @@ import asyncio
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from seqfed.client.admin import operating
 from seqfed.client.data import Sequences
@@ -23,7 +25,13 @@ from seqfed.common.views import RoundRecord, RunView
 def some_sequences(size: int, seed: int) -> Sequences:
     """Sequences of 4 steps of 3 numbers whose label (of 3) is the feature with the highest sum."""
     x = generator(seed, "test data").standard_normal((size, 4, 3)).astype(np.float32)
-    return Sequences(x, x.sum(axis=1).argmax(axis=1))
+    return Sequences.of(x, x.sum(axis=1).argmax(axis=1))
+
+
+def labels(data: Sequences) -> NDArray[Any]:
+    """What `some_sequences` labelled."""
+    assert data.y is not None
+    return data.y
 
 
 @dataclass
@@ -45,10 +53,14 @@ class Cluster:
         self.address = server_address(self.work / "server", self.started)
 
     def start_client(self, name: str, data: Sequences, validation: Sequences | None = None) -> None:
-        np.savez(self.work / f"{name}.npz", x=data.x, y=data.y)
+        np.savez(self.work / f"{name}.npz", x=data.rows.reshape(len(data), 4, 3), y=labels(data))
         flags = ["--data", str(self.work / f"{name}.npz")]
         if validation is not None:
-            np.savez(self.work / f"{name}-validation.npz", x=validation.x, y=validation.y)
+            np.savez(
+                self.work / f"{name}-validation.npz",
+                x=validation.rows.reshape(len(validation), 4, 3),
+                y=labels(validation),
+            )
             flags += ["--validation", str(self.work / f"{name}-validation.npz")]
         else:
             flags += ["--validation-fraction", "0"]

@@ -38,8 +38,8 @@ def fedavg(spec: RunSpec, data: Mapping[str, Sequences]) -> list[float]:
 
 def train(spec: RunSpec, model: Weights, round_: int, client: str, data: Sequences) -> Weights:
     """One client's local training with torch alone."""
-    recurrent = nn.LSTM(spec.data.features, spec.model.hidden, spec.model.layers, batch_first=True)
-    head = nn.Linear(spec.model.hidden, spec.data.classes)
+    recurrent = nn.LSTM(spec.data.numbers, spec.model.hidden, spec.model.layers, batch_first=True)
+    head = nn.Linear(spec.model.hidden, spec.data.class_count)
     named = {f"recurrent.{name}": one for name, one in recurrent.named_parameters()}
     named |= {f"head.{name}": one for name, one in head.named_parameters()}
     with torch.no_grad():
@@ -47,13 +47,15 @@ def train(spec: RunSpec, model: Weights, round_: int, client: str, data: Sequenc
             one.copy_(torch.from_numpy(model[name]))
     optimizer = torch.optim.Adam(named.values(), lr=spec.training.learning_rate)
     draw = generator(spec.seed, round_, client, "batches")
+    x, y = data.rows.reshape(len(data), -1, spec.data.numbers), data.y
+    assert y is not None
     for _ in range(spec.training.epochs or 1):
         order = draw.permutation(len(data))
         for first in range(0, len(data), spec.training.batch_size):
             rows = order[first : first + spec.training.batch_size]
             optimizer.zero_grad()
-            states, _ = recurrent(torch.from_numpy(data.x[rows]))
-            loss = nn.functional.cross_entropy(head(states[:, -1]), torch.from_numpy(data.y[rows]))
+            states, _ = recurrent(torch.from_numpy(x[rows]))
+            loss = nn.functional.cross_entropy(head(states[:, -1]), torch.from_numpy(y[rows]))
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return {name: one.detach().numpy().copy() for name, one in named.items()}

@@ -124,9 +124,12 @@ class Site:
         self._listener = asyncio.create_task(self._listen(self.metadata, self.tasks))
 
     async def _listen(self, metadata: Metadata, tasks: asyncio.Queue[views.Task | None]) -> None:
+        known = None
         try:
             async for message in self.stub.Listen(federation_pb2.ListenRequest(), metadata=metadata):
-                tasks.put_nowait(wire.task_from_wire(message))
+                task = wire.task_from_wire(message, known)
+                known = task.spec
+                tasks.put_nowait(task)
         except (grpc.aio.AioRpcError, grpc.aio.UsageError):
             pass
         finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from blake3 import blake3
-from tests.server.conftest import chunks, some_delta, soon, turns_until
+from tests.server.conftest import chunks, make_spec, some_delta, soon, turns_until
 
 from seqfed.common.errors import (
     BrokenTransfer,
@@ -23,6 +23,7 @@ from seqfed.common.errors import (
     UpdateOutOfRange,
 )
 from seqfed.common.layout import Layout
+from seqfed.common.metrics import names
 from seqfed.common.transfer import CHUNK_BYTES
 from seqfed.common.views import TaskKey, UpdateHeader
 from seqfed.server.intake import Intake, check_header, check_tally, receive_file
@@ -195,15 +196,26 @@ def test_a_header_of_something_else_is_refused() -> None:
 @pytest.mark.parametrize("cohort", [1, 3, 1000])
 def test_a_tally_that_passes_adds_up_within_64_bits(cohort: int) -> None:
     highest = (1 << 62) // cohort
-    check_tally({"loss": highest, "correct": -highest}, cohort)
+    check_tally({"loss": highest, "correct": -highest}, cohort, {"loss", "correct"})
     assert highest * cohort < 1 << 63
     for value in (highest + 1, -highest - 1):
         with pytest.raises(UpdateOutOfRange, match="'loss'"):
-            check_tally({"loss": value}, cohort)
-    with pytest.raises(TooLarge):
-        check_tally({str(number): 0 for number in range(65)}, cohort)
-    with pytest.raises(TooLarge):
-        check_tally({"x" * 65: 0}, cohort)
+            check_tally({"loss": value}, cohort, {"loss"})
+
+
+def test_a_sum_that_the_run_has_not_is_refused() -> None:
+    kinds = [make_spec(), make_spec(task__kind="regression", data={"features": 2, "targets": 1})]
+    for spec in kinds:
+        check_tally(dict.fromkeys(names(spec), 1), 2, names(spec))
+        for name in ("", "x" * 10_000, "pos.0.512", "tp.2", "actual.-1", "loss.higher"):
+            with pytest.raises(UpdateOutOfRange, match="which this run has not") as refusal:
+                check_tally({"examples": 1, name: 0}, 2, names(spec))
+            assert len(str(refusal.value)) < 200
+    with pytest.raises(UpdateOutOfRange, match="'correct'"):
+        check_tally({"correct": 1}, 2, names(kinds[1]))
+    for name in ("correct", "pos.0.1"):  # of an evaluation, and a training has none
+        with pytest.raises(UpdateOutOfRange, match=name):
+            check_header(replace(header(), tally={"examples": 1, name: 1}), LAYOUT, 2)
 
 
 async def test_another_update_takes_the_place_of_an_incomplete_one(desk: Desk) -> None:

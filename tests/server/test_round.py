@@ -91,6 +91,24 @@ def score(loss: float, correct: int = 0, examples: int = 1) -> tuple[tuple[str, 
     return (("correct", correct), ("examples", examples), ("loss", round(loss * UNIT)))
 
 
+def closed(number: int, *scored: tuple[float, int, int]) -> CloseRound:
+    """What these scores of two or of one client (loss, correct, examples) make of a round, by hand."""
+    if not scored:
+        return CloseRound(number)
+    examples = sum(one[2] for one in scored)
+    metrics = {
+        "loss": sum(round(one[0] * UNIT) for one in scored) / UNIT / examples,
+        "accuracy": sum(one[1] for one in scored) / examples,
+    }
+    losses = sorted(one[0] / one[2] for one in scored)
+    hits = sorted(one[1] / one[2] for one in scored)
+    spread = {  # between two values the ninth decile is nine tenths of the way
+        "loss": ((losses[0] + losses[-1]) / 2, losses[0] + (losses[-1] - losses[0]) * 0.9),
+        "accuracy": ((hits[0] + hits[-1]) / 2, hits[0] + (hits[-1] - hits[0]) * 0.1),
+    }
+    return CloseRound(number, metrics, spread, examples, len(scored))
+
+
 # The way of a run -----------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +129,8 @@ def test_the_first_round_by_hand() -> None:
     assert (run.phase, run.pending, effects) == (Phase.EVALUATING, ("b",), ())
     run, effects = on(spec, run, EvaluationArrived(1, "b", score(0.25, 3, 4)))
     assert (run.phase, run.reason) == (Phase.FINISHED, "all 1 rounds are done")
-    assert effects == (CloseRound(1, score(0.75, 4, 6)), EndRun())
+    assert effects == (closed(1, (0.5, 1, 2), (0.25, 3, 4)), EndRun())
+    assert dict(run.newest) == {"loss": 0.125, "accuracy": 4 / 6}
 
 
 def test_rounds_follow_each_other_without_evaluation() -> None:
@@ -120,7 +139,7 @@ def test_rounds_follow_each_other_without_evaluation() -> None:
     for number in (1, 2, 3):
         assert (run.phase, run.round, run.attempt, run.folded) == (Phase.TRAINING, number, 1, ())
         run, effects = follow(spec, run, *(UpdateArrived(number, one) for one in "ab"), ModelCommitted(number))
-        assert effects[0] == CloseRound(number, ())
+        assert effects[0] == CloseRound(number)
         assert (EndRun() in effects) == (number == 3)
     assert (run.phase, run.round) == (Phase.FINISHED, 3)
 
@@ -151,7 +170,7 @@ def test_the_next_round_waits_for_clients_that_left_after_their_update() -> None
     spec = make_spec(rounds=2)
     run = training(spec, "a", "b")
     run, effects = follow(spec, run, *(UpdateArrived(1, one) for one in "ab"), gone("a"), ModelCommitted(1))
-    assert (run.phase, run.round, effects) == (Phase.GATHERING, 2, (CloseRound(1, ()),))
+    assert (run.phase, run.round, effects) == (Phase.GATHERING, 2, (closed(1),))
     assert on(spec, run, here("a"))[0].phase is Phase.TRAINING
 
 
@@ -318,7 +337,7 @@ def test_nobody_present_means_no_evaluation() -> None:
     run, effects = follow(
         spec, training(spec, "a", "b"), UpdateArrived(1, "a"), UpdateArrived(1, "b"), gone("a", "b"), ModelCommitted(1)
     )
-    assert (run.phase, effects) == (Phase.FINISHED, (CloseRound(1, ()), EndRun()))
+    assert (run.phase, effects) == (Phase.FINISHED, (closed(1), EndRun()))
 
 
 def test_whoever_leaves_or_fails_is_not_waited_for() -> None:
@@ -327,20 +346,20 @@ def test_whoever_leaves_or_fails_is_not_waited_for() -> None:
     run, _ = follow(spec, run, gone("b"), EvaluationArrived(1, "a", score(2)))
     assert (run.pending, run.failed) == (("c",), (("b", "left"),))
     run, effects = on(spec, run, TaskFailed(1, "c", "no validation data"))
-    assert (run.phase, effects) == (Phase.FINISHED, (CloseRound(1, score(2)), EndRun()))
+    assert (run.phase, effects) == (Phase.FINISHED, (closed(1, (2, 0, 1)), EndRun()))
 
 
 def test_an_evaluation_that_all_leave_is_over() -> None:
     spec = make_spec(rounds=2, evaluation__every=1)
     run, effects = on(spec, evaluating(spec, "a", "b"), gone("a", "b"))
-    assert (run.phase, run.round, effects) == (Phase.GATHERING, 2, (CloseRound(1, ()),))
+    assert (run.phase, run.round, effects) == (Phase.GATHERING, 2, (closed(1),))
 
 
 def test_the_deadline_ends_an_evaluation_with_what_has_come() -> None:
     spec = make_spec(evaluation__every=1)
     run, _ = on(spec, evaluating(spec, "a", "b"), EvaluationArrived(1, "b", score(3)))
     run, effects = on(spec, run, DeadlinePassed(1, 1, Phase.EVALUATING))
-    assert (run.phase, effects) == (Phase.FINISHED, (Dismiss(("a",)), CloseRound(1, score(3)), EndRun()))
+    assert (run.phase, effects) == (Phase.FINISHED, (Dismiss(("a",)), closed(1, (3, 0, 1)), EndRun()))
 
 
 def test_an_evaluator_that_connects_anew_is_asked_again() -> None:
@@ -354,6 +373,43 @@ def test_a_score_given_twice_is_a_duplicate() -> None:
     run, _ = on(spec, evaluating(spec, "a", "b"), EvaluationArrived(1, "a", score(1)))
     with pytest.raises(DuplicateUpdate, match="'a' has already scored round 1"):
         on(spec, run, EvaluationArrived(1, "a", score(2)))
+
+
+def test_the_spread_is_over_the_clients_that_have_examples() -> None:
+    spec = make_spec(evaluation__every=1)
+    names = [f"site-{number:02}" for number in range(12)]
+    scores = {name: score(number, 11 - number, 11) for number, name in enumerate(names[:11])}
+    run, effects = evaluating(spec, *names), tuple[Effect, ...]()
+    for name in names:
+        run, effects = on(spec, run, EvaluationArrived(1, name, scores.get(name, ())))
+    record = effects[0]
+    assert isinstance(record, CloseRound)
+    assert (record.examples, record.clients) == (121, 11)
+    assert record.spread["loss"] == pytest.approx((5 / 11, 9 / 11))  # of 0/11, 1/11, ... 10/11: the sixth and the tenth
+    assert record.spread["accuracy"] == pytest.approx((6 / 11, 2 / 11))
+    assert record.metrics["accuracy"] == 66 / 121
+
+
+def test_the_spread_outlives_a_restart_and_is_of_one_round_only() -> None:
+    spec = make_spec(rounds=2, evaluation__every=1)
+    run, _ = on(spec, evaluating(spec, "a", "b"), EvaluationArrived(1, "a", score(1)))
+    run = load_state(dump_state(run))
+    run, _ = on(spec, run, Restarted())
+    run, effects = follow(spec, run, here("a", "b"), EvaluationArrived(1, "b", score(2)))
+    assert effects[0] == closed(1, (1, 0, 1), (2, 0, 1))
+    assert (run.round, run.scores, run.evaluation) == (2, (), ())
+    updates = [UpdateArrived(2, name) for name in run.cohort]
+    run, effects = follow(spec, run, *updates, ModelCommitted(2), EvaluationArrived(2, "a", score(4)), gone("b"))
+    assert effects[0] == closed(2, (4, 0, 1))
+
+
+def test_the_newest_metrics_stay_until_there_are_newer_ones() -> None:
+    spec = make_spec(rounds=2, evaluation__every=1)
+    run, _ = follow(spec, evaluating(spec, "a", "b"), *(EvaluationArrived(1, one, score(1, 1)) for one in "ab"))
+    assert dict(run.newest) == {"loss": 1.0, "accuracy": 1.0}
+    run, effects = follow(spec, run, *(UpdateArrived(2, one) for one in "ab"), ModelCommitted(2), gone("a", "b"))
+    assert effects[0] == closed(2)
+    assert dict(run.newest) == {"loss": 1.0, "accuracy": 1.0}
 
 
 # Convergence ----------------------------------------------------------------------------------------------------------
@@ -665,7 +721,7 @@ class Model:
                 assert len(self.sum) >= self.spec.cohort.needed(len(self.run.cohort))
                 self.models.append(tuple(self.sum))
                 self.sum = None
-            case CloseRound(number, _):
+            case CloseRound(number):
                 self.closed.append(number)
             case EndRun():
                 assert not self.ended

@@ -105,7 +105,7 @@ async def test_another_version_of_the_protocol_is_refused(daemon: Daemon, versio
         (b"\xff\xfe", "Invalid JSON"),
         (b"[" * 10_000, "Invalid JSON"),
         (b"[]", "data schema"),
-        (b"{}", "'features' is missing; 'steps' is missing"),
+        (b"{}", "'examples' is missing"),
         (schema(features=0), "'features' = 0"),
         (schema(features="many"), "'features' = 'many'"),
         (schema(features=1e400), "features"),
@@ -195,7 +195,7 @@ async def test_a_client_that_joins_again_and_never_listens_is_absent(daemon: Dae
     await sites[0].score(task, {"examples": 1})
     view = await daemon.until(run.run, lambda view: view.round == 2)
     assert "here: a" in view.reason
-    assert view.history[0].evaluation == {"examples": 1}
+    assert view.history[0].evaluated_examples == 1
 
 
 # FetchModel -----------------------------------------------------------------------------------------------------------
@@ -322,8 +322,9 @@ REFUSALS: dict[str, tuple[type[SeqfedError], dict[str, Any], bytes, list[tuple[i
     "the same chunk twice": (BrokenTransfer, {}, GOOD, [(0, GOOD), (0, GOOD)]),
     "a sum beyond its room": (UpdateOutOfRange, {"tally": {"loss": (1 << 63) - 1}}, GOOD, None),
     "a negative sum beyond its room": (UpdateOutOfRange, {"tally": {"loss": -(1 << 63)}}, GOOD, None),
-    "too many sums": (TooLarge, {"tally": {f"name-{number}": 1 for number in range(1000)}}, GOOD, None),
-    "a sum's name too long": (TooLarge, {"tally": {"x" * 10_000: 1}}, GOOD, None),
+    "sums that it has not": (UpdateOutOfRange, {"tally": {f"name-{number}": 1 for number in range(1000)}}, GOOD, None),
+    "a sum's name too long": (UpdateOutOfRange, {"tally": {"x" * 10_000: 1}}, GOOD, None),
+    "sums of an evaluation": (UpdateOutOfRange, {"tally": {"examples": 1, "pos.0.3": 1}}, GOOD, None),
     "no number of seconds": (UpdateOutOfRange, {"training_seconds": float("nan")}, GOOD, None),
     "endless seconds": (UpdateOutOfRange, {"training_seconds": float("inf")}, GOOD, None),
     "negative seconds": (UpdateOutOfRange, {"training_seconds": -1.0}, GOOD, None),
@@ -564,12 +565,15 @@ async def test_an_evaluation_is_the_exact_sum_of_its_scores(daemon: Daemon) -> N
         await sites[1].score(replace(tasks[1], key=replace(tasks[1].key, round=2)), {"examples": 1})
     with pytest.raises(UnknownRun):
         await sites[1].score(replace(tasks[1], key=replace(tasks[1].key, run="0" * 16)), {"examples": 1})
-    for tally, kind in (({"loss": (1 << 63) - 1}, UpdateOutOfRange), ({"x" * 10_000: 1}, TooLarge)):
+    for tally, kind in (({"loss": (1 << 63) - 1}, UpdateOutOfRange), ({"x" * 10_000: 1}, UpdateOutOfRange)):
         with pytest.raises(kind):
             await sites[1].score(tasks[1], tally)
     assert not await sites[1].score(tasks[1], {"examples": 2, "loss": 1, "correct": 2})
     view = await daemon.end(run.run)
-    assert view.history[0].evaluation == {"examples": 5, "loss": 8, "correct": 3}
+    (record,) = view.history
+    assert record.evaluation == view.metrics == {"loss": 8 / 2**20 / 5, "accuracy": 3 / 5}
+    assert (record.evaluated_examples, record.evaluated_clients) == (5, 2)
+    assert record.spread["accuracy"] == pytest.approx(((1 / 3 + 1) / 2, 1 / 3 + 2 / 3 * 0.1))
 
 
 async def test_a_client_that_cannot_train_says_why(daemon: Daemon) -> None:
@@ -718,7 +722,9 @@ async def test_a_watcher_sees_every_round_once_complete_and_in_order(daemon: Dae
         records = [record for view in seen for record in view.history]
         assert [record.round for record in records] == list(range(after + 1, rounds + 1))
         for record in records:
-            assert record.evaluation == {"examples": 1, "loss": record.round}
+            assert record.evaluation == {"loss": record.round / 2**20}
+            assert record.spread == {"loss": (record.round / 2**20, record.round / 2**20)}
+            assert record.evaluated_examples == 1
             assert (record.cohort, record.folded) == (("a",), ("a",))
             assert (record.bytes_up, record.training) == (4 * SIZE, {"examples": 1, "loss": 1 << 20})
         assert seen[-1].ended

@@ -46,7 +46,9 @@ from seqfed.server.store import (
 
 RUN = "0123456789abcdef"
 UPDATE = UpdateRow("a", 1, 10, bytes(range(32)), {"examples": 10, "loss": -5}, 1.5)
-RECORD = RoundRecord(1, 2, ("a", "b"), ("b", "a"), {"examples": 3}, {"loss": 1}, 4, 5, 6.5, 0.25)
+RECORD = RoundRecord(
+    1, 2, ("a", "b"), ("b", "a"), {"examples": 3}, {"loss": 0.1}, 4, 5, 6.5, 0.25, {"loss": (0.2, 0.3)}, 9, 2
+)
 TRAINING = Run(Phase.TRAINING, frozenset("ab"), 1, 2, 1, ("a", "b"), ("b",), (("a", "no data"),), reason="because")
 
 
@@ -164,6 +166,7 @@ def test_clients_are_remembered_and_renewed(store: Store) -> None:
 
 
 NAMES = st.text("abc", min_size=1, max_size=3)
+REALS = st.floats(allow_nan=False)
 TALLIES = st.lists(st.tuples(NAMES, st.integers(-(1 << 80), 1 << 80)), max_size=3).map(tuple)
 STATES = st.builds(
     Run,
@@ -177,6 +180,8 @@ STATES = st.builds(
     failed=st.lists(st.tuples(NAMES, st.text()), max_size=3).map(tuple),
     evaluated=st.lists(NAMES, max_size=3).map(tuple),
     evaluation=TALLIES,
+    scores=st.lists(st.tuples(NAMES, st.lists(REALS, max_size=3).map(tuple)), max_size=3).map(tuple),
+    newest=st.lists(st.tuples(NAMES, REALS), max_size=3).map(tuple),
     best=st.none() | st.floats(allow_nan=False),
     stale=st.integers(0, 1000),
     reason=st.text(),
@@ -304,16 +309,16 @@ def test_tidy_keeps_the_last_two_models_and_the_rounds_to_come(store: Store) -> 
     create(store, "f" * 16)
     for number in range(1, 12):
         saved(store, RUN, number, spec)
-        path = store.update_path(RUN, number, "a")
+        path = store.update_path(RUN, number, "a", b"digest")
         path.parent.mkdir(parents=True)
         path.write_bytes(b"x")
-    other = store.update_path("f" * 16, 1, "a")
+    other = store.update_path("f" * 16, 1, "a", b"digest")
     other.parent.mkdir(parents=True)
     other.write_bytes(b"x")
     store.tidy(RUN, 10, 9)
     models = store.model_path(RUN, 0).parent
     assert sorted(path.name for path in models.iterdir()) == [f"{number:06}.safetensors" for number in (9, 10, 11)]
-    updates = store.update_path(RUN, 1, "a").parents[1]
+    updates = store.update_path(RUN, 1, "a", b"digest").parents[1]
     assert sorted(path.name for path in updates.iterdir()) == ["10", "11"]
     assert other.exists()
     assert store.model_path("f" * 16, 0).exists()
@@ -358,6 +363,32 @@ def test_the_migrations_go_back_and_forth(tmp_path: Path) -> None:
         with engine.begin() as connection:
             command.downgrade(alembic(connection), "base")
         assert columns(engine) == {}
+    engine.dispose()
+
+
+def test_rounds_of_the_first_version_get_their_metrics(tmp_path: Path) -> None:
+    engine = sa.create_engine(f"sqlite:///{tmp_path / 'seqfed.db'}")
+    old = ["round", "attempt", "cohort", "folded", "training", "bytes_up", "bytes_down", "seconds"]
+    record = {name: vars(RECORD)[name] for name in (*old, "slowest_training_seconds")}
+    record["evaluation"] = {"examples": 4, "loss": 1 << 20, "correct": 3}
+    state = {**json.loads(dump_state(TRAINING)), "evaluation": [["examples", 4]]}
+    del state["scores"], state["newest"]
+    bare = {**record, "evaluation": {}}
+    with engine.begin() as connection:
+        command.upgrade(alembic(connection), "0001")
+        connection.execute(RUNS.insert().values(run=RUN, spec="{}", state=json.dumps(state), bytes_up=0, bytes_down=0))
+        for number, one in ((1, record), (2, bare)):
+            connection.execute(ROUNDS.insert().values(run=RUN, round=number, record=json.dumps(one)))
+        command.upgrade(alembic(connection), "0002")
+        (text,) = connection.execute(sa.select(RUNS.c.state)).scalars()
+        assert load_state(text) == replace(TRAINING, present=frozenset(), evaluation=(("examples", 4),))
+        texts = connection.execute(sa.select(ROUNDS.c.record).order_by(ROUNDS.c.round)).scalars().all()
+        found = [store_module._record(one) for one in texts]
+        plain = replace(RECORD, spread={}, evaluated_examples=0, evaluated_clients=0, evaluation={})
+        assert found == [replace(plain, evaluation={"loss": 0.25, "accuracy": 0.75}, evaluated_examples=4), plain]
+        command.downgrade(alembic(connection), "0001")
+        texts = connection.execute(sa.select(ROUNDS.c.record)).scalars().all()
+        assert [json.loads(one) for one in texts] == [json.loads(json.dumps(bare))] * 2
     engine.dispose()
 
 

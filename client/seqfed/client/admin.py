@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,28 @@ class Operator:
             calls = self._stub.ListRuns(admin_pb2.ListRunsRequest(), timeout=ANSWER_S)
             return [wire.run_from_wire(message) async for message in calls]
 
-    async def watch(self, run: str, after: int = 0) -> AsyncIterator[views.RunView]:
+    async def watch(self, run: str, after: int = 0) -> AsyncGenerator[views.RunView, None]:
         """The run at once and after every change, each with the rounds finished since the last; ends with the run."""
         request = admin_pb2.WatchRunRequest(run=run, after_round=after)
-        with raising(self._address):
-            async for message in self._stub.WatchRun(request):
-                yield wire.run_from_wire(message)
+        calls: Any = self._stub.WatchRun(request)
+        try:
+            with raising(self._address):
+                async for message in calls:
+                    yield wire.run_from_wire(message)
+        finally:
+            calls.cancel()  # whoever has seen enough must not hold up the server until the garbage is collected
+
+    async def history(self, run: str) -> views.RunView:
+        """The run with all the rounds that it has finished so far."""
+        rounds: list[views.RoundRecord] = []
+        view: views.RunView | None = None
+        async with contextlib.aclosing(self.watch(run)) as seen:
+            async for view in seen:
+                rounds.extend(view.history)
+                if not view.ended and (rounds[-1].round if rounds else 0) >= view.round - 1:
+                    break  # the rest is to come
+        assert view is not None  # the first one comes at once
+        return replace(view, history=tuple(rounds))
 
     async def stop(self, run: str) -> views.RunView:
         """End a run."""

@@ -39,11 +39,14 @@ class Connection:
 
     async def listen(self) -> AsyncIterator[views.Task]:
         """The server's tasks, until the stream ends; one that this version does not understand is declined."""
+        known = None
         with raising(self._address):
             async for message in self._stub.Listen(federation_pb2.ListenRequest(), metadata=self._metadata):
                 try:
-                    task = wire.task_from_wire(message)
+                    task = wire.task_from_wire(message, known)
+                    known = task.spec
                 except (ConfigError, VersionMismatch) as error:
+                    known = None  # it was sent, and not understood: what relies on it is not either
                     await self.report_failure(wire.key_from_wire(message.key), error)
                     continue
                 yield task

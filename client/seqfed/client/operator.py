@@ -1,8 +1,10 @@
-"""The operator's commands: submit, runs, watch, stop, clients, export, health."""
+"""The operator's commands: submit, runs, watch, metrics, stop, clients, export, health."""
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Awaitable, Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -10,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from seqfed.client.admin import Operator
+    from seqfed.common.spec import RunSpec
 
 T = TypeVar("T")
 
@@ -21,6 +24,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 RunName = Annotated[str, typer.Argument(help="Its id, the beginning of it, or its name.", metavar="RUN")]
 
 LOCAL = "127.0.0.1:7733"
+
+
+class Format(StrEnum):
+    """How `seqfed metrics` writes its rows."""
+
+    CSV = "csv"
+    JSON = "json"
 
 
 def _on_server(server: str, insecure: bool, call: Callable[[Operator], Awaitable[T]]) -> T:
@@ -57,9 +67,14 @@ def submit(
     from seqfed.client.shown import run_dict
     from seqfed.client.watching import follow
     from seqfed.common.config import load_toml
+    from seqfed.common.metrics import require_metric
     from seqfed.common.spec import RunSpec
 
     spec = load_toml(RunSpec, config)
+    require_metric(spec)
+
+    if spec.model.custom is not None:
+        spec, initial = custom_run(spec, initial)
 
     async def call(operator: Operator) -> bool:
         view = await operator.submit(spec, initial)
@@ -73,6 +88,24 @@ def submit(
 
     if not _on_server(server, insecure, call):
         raise typer.Exit(1)
+
+
+def custom_run(spec: RunSpec, initial: Path | None) -> tuple[RunSpec, Path]:
+    """A custom model's run with its tensors filled in, and a checkpoint to start from: the server never imports the module."""
+    import tempfile
+
+    from seqfed.client.network import custom_parameters
+    from seqfed.common import checkpoint
+
+    first = custom_parameters(spec)
+    model = spec.model.model_copy(update={"tensors": first.layout.tensors})
+    spec = type(spec)(**{**dict(spec), "model": model})  # made anew: a copy would keep the old one's canonical text
+    if initial is None:
+        folder = tempfile.TemporaryDirectory(prefix="seqfed-submit-")
+        atexit.register(folder.cleanup)
+        initial = Path(folder.name) / "initial.safetensors"
+        checkpoint.save(initial, first, {})
+    return spec, initial
 
 
 def runs(server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
@@ -97,6 +130,32 @@ def watch(run: RunName, server: Server = LOCAL, insecure: Insecure = False, as_j
     last = _on_server(server, insecure, lambda operator: follow(operator, run, as_json=as_json))
     if last.phase != "finished":
         raise typer.Exit(1)
+
+
+def metrics(
+    run: RunName,
+    kind: Annotated[Format, typer.Option("--format", help="How to write the rows.")] = Format.CSV,
+    out: Annotated[Path | None, typer.Option(help="Write them here [standard output].")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Also draw them over the rounds, to this .png, .svg or .pdf.", metavar="FILE.png"),
+    ] = None,
+    server: Server = LOCAL,
+    insecure: Insecure = False,
+) -> None:
+    """Write a run's history: a row a round, with each metric, its median and worst decile over the clients, bytes, seconds."""
+    from seqfed.client import history
+
+    if plot is not None:
+        history.require_plots(plot)
+    view = _on_server(server, insecure, lambda operator: operator.history(run))
+    text = history.as_csv(view) if kind is Format.CSV else history.as_json(view)
+    if out is None:
+        print(text, end="")
+    else:
+        history.save(out, text)
+    if plot is not None:
+        history.draw(view, plot)
 
 
 def stop(run: RunName, server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
@@ -126,17 +185,49 @@ def clients(server: Server = LOCAL, insecure: Insecure = False, as_json: Json = 
         )
 
 
+class ModelFormat(StrEnum):
+    """What `seqfed export` writes."""
+
+    SAFETENSORS = "safetensors"
+    TORCHSCRIPT = "torchscript"
+    ONNX = "onnx"
+
+
 def export(
     run: RunName,
     out: Annotated[Path, typer.Option(help="Where to write it.")] = Path("model.safetensors"),
+    kind: Annotated[
+        ModelFormat,
+        typer.Option("--format", help="safetensors, which seqfed itself reads; torchscript and onnx run without it."),
+    ] = ModelFormat.SAFETENSORS,
+    allow_custom: Annotated[
+        list[str] | None,
+        typer.Option(help="module:function whose code may be run to convert a custom model. Again for more. [none]"),
+    ] = None,
     server: Server = LOCAL,
     insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
-    """Save a run's newest model as a safetensors file."""
-    import json
+    """Save a run's newest model, with all that is needed to use it.
 
-    size = _on_server(server, insecure, lambda operator: operator.export(run, out))
+    A torchscript or onnx file takes raw numbers or token ids and the sequences' lengths; what it gives is in its metadata.
+    """
+    import json
+    import tempfile
+
+    if kind is ModelFormat.SAFETENSORS:
+        size = _on_server(server, insecure, lambda operator: operator.export(run, out))
+    else:
+        from seqfed.client.convert import convert, require
+
+        onnx = kind is ModelFormat.ONNX
+        require("onnx" if onnx else "torchscript")
+        if out == Path("model.safetensors"):  # nobody named one
+            out = Path("model.onnx" if onnx else "model.pt")
+        with tempfile.TemporaryDirectory(prefix="seqfed-") as folder:
+            fetched = Path(folder, "model.safetensors")
+            _on_server(server, insecure, lambda operator: operator.export(run, fetched))
+            size = convert(fetched, out, "onnx" if onnx else "torchscript", allow_custom or ())
     print(json.dumps({"model": str(out), "bytes": size}) if as_json else f"{out}: {size:,} bytes")
 
 

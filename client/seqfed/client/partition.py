@@ -1,6 +1,12 @@
-"""Splitting one data set among clients for trying things: evenly, or unevenly by label as Dirichlet shares; always seeded."""
+"""Splitting one data set among clients for trying things: evenly, by label, by a column, by size; pure and seeded.
+
+Each function deals units (sequences, rows, or whole entities) to clients: client i gets the units at the indices of the i-th
+array, in rising order; every unit goes to exactly one client, and no client goes without.
+"""
 
 from __future__ import annotations
+
+import heapq
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +20,7 @@ TRIES = 1000  # draws before giving up on shares in which nobody has too little
 
 def iid(size: int, clients: int, draw: np.random.Generator) -> list[Rows]:
     """A random split into parts that differ in size by at most one; raises DataError if there are too few rows."""
-    if size < clients:
-        raise DataError(f"{size} sequences cannot be split among {clients} clients")
+    _require(size, clients)
     return [np.sort(part) for part in np.array_split(draw.permutation(size), clients)]
 
 
@@ -41,3 +46,42 @@ def dirichlet(
         f"{len(labels)} sequences do not split among {clients} clients with Dirichlet({alpha:g}) and at least {smallest} "
         "for each; use fewer clients, a larger alpha, or an even split"
     )
+
+
+def by_key(keys: NDArray[np.int64], clients: int, draw: np.random.Generator) -> list[Rows]:
+    """All units of one key (a hospital, a region, a speaker) to one client; several keys to one where there are more.
+
+    The largest keys are dealt first, each to the client that has least so far, so that sizes come out as even as whole keys
+    allow (Graham 1969, "Bounds on multiprocessing timing anomalies"); the draw settles ties and the clients' order.
+    Raises DataError if there are fewer keys than clients.
+    """
+    codes, sizes = np.unique(keys, return_inverse=True, return_counts=True)[1:]
+    if len(sizes) < clients:
+        raise DataError(f"{len(sizes)} different values cannot be split among {clients} clients; use fewer clients")
+    owner = np.empty(len(sizes), np.int64)
+    least = [(0, int(client)) for client in draw.permutation(clients)]
+    heapq.heapify(least)
+    shuffled = draw.permutation(len(sizes))
+    for key in shuffled[np.argsort(-sizes[shuffled], kind="stable")]:
+        size, client = heapq.heappop(least)
+        owner[key] = client
+        heapq.heappush(least, (size + int(sizes[key]), client))
+    return [np.flatnonzero(owner[codes] == client) for client in range(clients)]
+
+
+def by_size(size: int, clients: int, exponent: float, draw: np.random.Generator) -> list[Rows]:
+    """Random units, but unevenly many: the k-th largest client's share is as k^-exponent (a power law; 0 is even).
+
+    Each client has one at least. Raises DataError if there are too few units.
+    """
+    _require(size, clients)
+    shares = np.arange(1, clients + 1, dtype=np.float64) ** -exponent
+    cuts = np.round(np.cumsum(shares)[:-1] / shares.sum() * (size - clients)).astype(np.int64)
+    order = draw.permutation(size)
+    parts = np.split(order[clients:], cuts)  # the first units are everybody's own one
+    return [np.sort(np.append(parts[place], order[place])) for place in draw.permutation(clients)]
+
+
+def _require(size: int, clients: int) -> None:
+    if size < clients:
+        raise DataError(f"{size} sequences cannot be split among {clients} clients")

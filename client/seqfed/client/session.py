@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -94,14 +95,16 @@ class Session:
     # The connection -----------------------------------------------------------------------------------------------
 
     async def _keep_connected(self) -> None:
-        backoff = Backoff()
+        backoff, clock = Backoff(), asyncio.get_running_loop().time
+        stood = math.inf  # since when the connection has stood
         while True:
             try:
                 async with connected(self._server, self._insecure) as channel:
                     connection = Connection(channel, self._server)
-                    await connection.join(self._workshop.client, self._instance, self._workshop.data.schema)
+                    await connection.join(self._workshop.client, self._instance, self._workshop.source.schema)
                     log.info("connected to %s as '%s'; waiting for tasks", self._server, self._workshop.client)
                     self._have(connection)
+                    stood = clock()
                     async for task in connection.listen():
                         backoff.reset()
                         self._offer(task)
@@ -109,6 +112,9 @@ class Session:
             except HOPELESS:
                 raise
             except SeqfedError as error:  # whatever it is, it may be mended on the server's side
+                if clock() - stood > LONGEST_WAIT:  # a server that only flickers is not dialled ever faster
+                    backoff.reset()
+                stood = math.inf
                 wait = backoff.wait()
                 log.warning("%s; trying again in %.1f s", error, wait)
                 self._have(None)
@@ -166,7 +172,7 @@ class Session:
                 self._current = None
 
     async def _do(self, task: views.Task) -> None:
-        self._workshop.check(task)
+        await asyncio.to_thread(self._workshop.check, task)  # the first of a run reads the data
         flat = await self._fetch(task)
         if task.kind is TaskKind.EVALUATE:
             tally = await asyncio.to_thread(self._workshop.evaluate, task, flat)

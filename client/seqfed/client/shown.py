@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from seqfed.common.metrics import summary
+from seqfed.common.metrics import main_metrics, summary
 from seqfed.common.views import ClientView, RoundRecord, RunView
 
 
 def round_dict(record: RoundRecord) -> dict[str, Any]:
-    """One finished round; `training_loss` is the clients' while training, the rest is the evaluation of the new model."""
+    """One finished round; `training_loss` is the clients' while training, the metrics are the evaluation of the new model."""
     return {
         "round": record.round,
         "attempt": record.attempt,
         "cohort": list(record.cohort),
         "folded": list(record.folded),
         "training_loss": summary(record.training).get("loss"),
-        **summary(record.evaluation),
-        "evaluated_examples": record.evaluation.get("examples", 0),
+        **record.evaluation,
+        "spread": {
+            metric: {"median": median, "worst_decile": worst} for metric, (median, worst) in record.spread.items()
+        },
+        "evaluated_examples": record.evaluated_examples,
+        "evaluated_clients": record.evaluated_clients,
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
         "seconds": round(record.seconds, 4),
@@ -45,6 +50,7 @@ def run_dict(view: RunView) -> dict[str, Any]:
         "bytes_down": view.bytes_down,
         "seconds": round(view.seconds, 3),
         "ended": view.ended,
+        "metrics": dict(view.metrics),
         "history": [round_dict(record) for record in view.history],
     }
 
@@ -75,22 +81,27 @@ def size(count: int) -> str:
     return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
 
 
-def runs_table(views: Iterable[RunView]) -> Table:
+def runs_table(views: Iterable[RunView]) -> Group:
+    """A row a run; beneath, in whole lines however narrow the terminal, why each stands where it does."""
     table = Table(
-        Column("run", min_width=16), "name", Column("phase", min_width=10), "round", "up", "down", "seconds", "why"
+        *(Column("run", min_width=16, no_wrap=True), "name", Column("phase", min_width=10), "round"),
+        *(Column("metrics", no_wrap=True), Column("moved", no_wrap=True), "seconds"),
     )
+    reasons = []
     for view in views:
         table.add_row(
             view.run,
             view.name,
             view.phase,
             f"{view.round}/{view.rounds}",
-            size(view.bytes_up),
-            size(view.bytes_down),
+            "\n".join(told(view.metrics, main_metrics(view.spec))),
+            f"{size(view.bytes_up)} up\n{size(view.bytes_down)} down",
             f"{view.seconds:.1f}",
-            Text(view.reason),  # not markup: it may quote what a client said
         )
-    return table
+        if view.phase != "finished":
+            # As Text, not markup: it may quote what a client said.
+            reasons.append(Text(f"{view.run} ({view.name}): {view.reason}", overflow="fold"))
+    return Group(table, *reasons)
 
 
 def clients_table(views: Iterable[ClientView]) -> Table:
@@ -108,18 +119,28 @@ def clients_table(views: Iterable[ClientView]) -> Table:
     return table
 
 
-COLUMNS = ("round", "phase", "clients", "loss", "accuracy", "bytes", "seconds")
+def told(found: Mapping[str, float], metrics: Iterable[str]) -> list[str]:
+    """These metrics in words, those that there are.
+
+    >>> told({"loss": 0.25, "accuracy": 0.75, "macro_f1": 0.5}, ("loss", "accuracy", "auroc"))
+    ['loss 0.25', 'accuracy 0.75']
+    """
+    return [f"{name} {found[name]:.4g}" for name in metrics if name in found]
 
 
-def round_row(record: RoundRecord) -> tuple[str, ...]:
-    """A finished round under COLUMNS; loss and accuracy are '-' where the round was not evaluated."""
-    found = summary(record.evaluation)
+def columns(metrics: Sequence[str]) -> tuple[str, ...]:
+    """The heads of `round_row`."""
+    return ("round", "phase", "clients", *metrics, "bytes", "seconds")
+
+
+def round_row(record: RoundRecord, metrics: Sequence[str]) -> tuple[str, ...]:
+    """A finished round with these metrics; they are '-' where the round was not evaluated."""
+    found = record.evaluation
     return (
         str(record.round),
         "done",
         f"{len(record.folded)}/{len(record.cohort)}",
-        f"{found['loss']:.4f}" if "loss" in found else "-",
-        f"{found['accuracy']:.4f}" if "accuracy" in found else "-",
+        *(f"{found[name]:.4f}" if name in found else "-" for name in metrics),
         size(record.bytes_up + record.bytes_down),
         f"{record.seconds:.2f}",
     )
@@ -127,10 +148,12 @@ def round_row(record: RoundRecord) -> tuple[str, ...]:
 
 def progress_table(view: RunView, rounds: list[RoundRecord], last: int = 15) -> Table:
     """The run under way: its newest finished rounds, and the one that is being worked on."""
-    table = Table(*COLUMNS, title=f"run {view.run} ({view.name}): {view.phase}", caption=Text(view.reason))
+    metrics = main_metrics(view.spec)
+    table = Table(*columns(metrics), title=f"run {view.run} ({view.name}): {view.phase}", caption=Text(view.reason))
     for record in rounds[-last:]:
-        table.add_row(*round_row(record))
+        table.add_row(*round_row(record, metrics))
     if not view.ended:
         answered = len(view.cohort) - len(view.pending)
-        table.add_row(str(view.round), view.phase, f"{answered}/{len(view.cohort)}", "", "", "", "", style="dim")
+        blank = [""] * (len(metrics) + 2)
+        table.add_row(str(view.round), view.phase, f"{answered}/{len(view.cohort)}", *blank, style="dim")
     return table

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils import clip_grad_norm_
 
-from seqfed.client.data import Sequences
-from seqfed.client.network import SequenceClassifier
+from seqfed.client.data import Batch, Sequences
+from seqfed.client.network import Network, Recurrent, detached
+from seqfed.client.scoring import score
 from seqfed.common.errors import TrainingFailed
-from seqfed.common.metrics import units
-from seqfed.common.spec import TrainingSpec
+from seqfed.common.metrics import add, carried, units
+from seqfed.common.spec import RunSpec, TrainingSpec
 
-SCORING_BATCH = 512  # sequences scored at once
+FOCUS: Final = 2.0  # gamma of the focal loss: the value that Lin et al. 2017 found best and use throughout
+SCORING_BATCH: Final = 512  # sequences scored at once,
+SCORING_ROOM: Final = 1 << 24  # but no more than fill a tensor of so many numbers (64 MiB)
+CUDA_LAG: Final = 16  # batches whose losses are read together: reading one makes the GPU wait for Python
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # outputs and labels -> their mean loss, a scalar
 
 
 class Cancelled(Exception):
@@ -28,49 +37,64 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class Trained:
-    """What a local training tells: exact sums of the loss while training, and the loop's wall time in seconds."""
+    """What a local training tells: exact sums of the loss while training, and the loop's wall time in seconds.
+
+    The tally's examples are sequences, or tokens if the task is next_token; its loss is the one that was minimised.
+    """
 
     tally: dict[str, int]
     seconds: float
 
 
+# Training --------------------------------------------------------------------------------------------------------------
+
+
 def train(
-    network: SequenceClassifier,
+    network: Network,
     data: Sequences,
-    settings: TrainingSpec,
+    spec: RunSpec,
+    round_: int,
     draw: np.random.Generator,
     cancelled: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Trained:
-    """Train the network in place; batches are drawn from `draw` alone.
+    """Train the network in place; all that is random comes from `draw`.
 
-    Raises TrainingFailed if the loss is not finite, Cancelled after the batch in which `cancelled()` became true.
+    round_: from 1; the learning rate's schedule is over spec.rounds. progress: told after each batch how many of how many
+    are done. Raises TrainingFailed if the loss is not finite or the GPU's memory too small, Cancelled after the batch in
+    which `cancelled()` became true.
     """
-    x, y, lengths = _tensors(data)
-    optimizer = _optimizer(network, settings)
-    examples, loss_sum = 0, 0
+    settings, device = spec.training, network.device
+    rate = learning_rate(settings, round_, spec.rounds)
+    optimizer, loss_of = _optimizer(network, settings, rate), loss_for(spec, device)
+    tally = {"examples": 0, "loss": 0}
+    unread: list[tuple[int, Tensor]] = []
+    lag = CUDA_LAG if device.type == "cuda" else 1
+    total = batch_count(len(data), settings)
     network.train()
     begun = time.perf_counter()
-    for rows in batches(len(data), settings, draw):
-        chosen = torch.from_numpy(rows)
-        optimizer.zero_grad()
-        loss = functional.cross_entropy(network(x[chosen], _chosen(lengths, chosen)), y[chosen])
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingFailed(
-                f"the loss became {value} after {examples:,} examples; lower the learning rate ({settings.learning_rate:g})"
-            )
-        examples += len(rows)
-        loss_sum += units(value * len(rows))
-        if cancelled():
-            raise Cancelled
-    return Trained({"examples": examples, "loss": loss_sum}, time.perf_counter() - begun)
+    with _seeded(spec, draw, device), _memory_limits():
+        for done, rows in enumerate(batches(len(data), settings, draw), 1):
+            batch = data.batch(rows)
+            optimizer.zero_grad()
+            loss = _backward(network, batch, loss_of, spec)
+            if settings.clip_norm is not None:
+                clip_grad_norm_(network.parameters(), settings.clip_norm)
+            optimizer.step()
+            unread.append((_labels_of(batch, spec), loss))
+            if len(unread) == lag or done == total:
+                _read(unread, tally, rate)
+            if progress is not None:
+                progress(done, total)
+            if cancelled():
+                raise Cancelled
+    seconds = time.perf_counter() - begun
+    return Trained({"examples": tally["examples"], **carried("loss", tally["loss"])}, seconds)
 
 
 def batches(size: int, settings: TrainingSpec, draw: np.random.Generator) -> Iterator[NDArray[np.int64]]:
     """The rows of each batch: every epoch a fresh permutation, its last batch may be smaller; or so many steps of that."""
-    left = settings.steps if settings.steps is not None else (settings.epochs or 1) * -(-size // settings.batch_size)
+    left = batch_count(size, settings)
     while left > 0:
         order = draw.permutation(size)
         for start in range(0, size, settings.batch_size):
@@ -80,38 +104,230 @@ def batches(size: int, settings: TrainingSpec, draw: np.random.Generator) -> Ite
             left -= 1
 
 
-@torch.no_grad()
-def evaluate(network: SequenceClassifier, data: Sequences) -> dict[str, int]:
-    """The exact sums of the network's loss and correct answers on these data; all zero if there are none.
+def batch_count(size: int, settings: TrainingSpec) -> int:
+    """How many batches one round's training on `size` sequences has."""
+    if settings.steps is not None and size > 0:
+        return settings.steps
+    return (settings.epochs or 1) * -(-size // settings.batch_size)
 
-    Raises TrainingFailed if a sequence's loss is not finite.
+
+def learning_rate(training: TrainingSpec, round_: int, rounds: int) -> float:
+    """The learning rate in this round, from 1 to `rounds`: warm-up in equal stairs, then the schedule.
+
+    The round after the warm-up is the first at the full rate, the last round the one at `final` of it. A cosine falls as
+    in Loshchilov & Hutter 2017, without restarts.
+
+    >>> training = TrainingSpec(learning_rate=1.0, schedule="linear", warmup=1, final=0.5)
+    >>> [learning_rate(training, round_, 4) for round_ in (1, 2, 3, 4)]
+    [0.5, 1.0, 0.75, 0.5]
     """
-    x, y, lengths = _tensors(data)
+    full, warmup, final = training.learning_rate, training.warmup, training.final
+    if round_ <= warmup:
+        return full * round_ / (warmup + 1)
+    way = min(1.0, (round_ - warmup - 1) / max(1, rounds - warmup - 1))
+    match training.schedule:
+        case "constant":
+            return full
+        case "linear":
+            return full * (1 - (1 - final) * way)
+        case "cosine":
+            return full * (final + (1 - final) * (1 + math.cos(math.pi * way)) / 2)
+
+
+def _backward(network: Network, batch: Batch, loss_of: Loss, spec: RunSpec) -> Tensor:
+    """Add the gradient of the batch's mean loss to the parameters' gradients; that loss, a scalar."""
+    x, lengths, y = _tensors(batch, network.device)
+    size = spec.training.truncate
+    if size is None or size >= x.shape[1]:
+        with _arithmetic(spec, network.device):
+            outputs = network(x, lengths)
+        loss = loss_of(outputs.float(), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+    # Truncated back-propagation through time (Williams & Peng 1990): one step of the optimiser a batch all the same.
+    body = network.body
+    assert isinstance(body, Recurrent)
+    if not body.each_step:
+        with _arithmetic(spec, network.device):
+            outputs = body(x, lengths, size)
+        loss = loss_of(outputs.float(), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+    # Each segment's graph is freed before the next one is built: memory for `size` steps, however long the sequence.
+    state, total, whole = None, _labels_of(batch, spec), torch.zeros((), device=network.device)
+    for start in range(0, x.shape[1], size):
+        piece = slice(start, start + size)
+        with _arithmetic(spec, network.device):
+            states, state = body.states(x[:, piece], None, state)
+            outputs = body.read(states, None)
+        state = detached(state)
+        loss = loss_of(outputs.float(), y[:, piece]) * (int((batch.y[:, piece] >= 0).sum()) / total)
+        loss.backward()  # type: ignore[no-untyped-call]
+        whole += loss.detach()
+    return whole
+
+
+def _read(unread: list[tuple[int, Tensor]], tally: dict[str, int], rate: float) -> None:
+    """Move these batches' losses into the tally; raises TrainingFailed at the first that is not finite."""
+    for (count, _), value in zip(unread, torch.stack([loss for _, loss in unread]).tolist(), strict=True):
+        if not math.isfinite(value):
+            raise TrainingFailed(
+                f"the loss became {value} after {tally['examples']:,} examples; lower the learning rate ({rate:g})"
+            )
+        tally["examples"] += count
+        tally["loss"] += units(value * count)
+    unread.clear()
+
+
+def _optimizer(network: Network, settings: TrainingSpec, rate: float) -> torch.optim.Optimizer:
+    parameters, decay = network.parameters(), settings.weight_decay
+    match settings.optimizer:
+        case "sgd":
+            return torch.optim.SGD(parameters, lr=rate, momentum=settings.momentum, weight_decay=decay)
+        case "adam":
+            return torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+
+
+@contextlib.contextmanager
+def _seeded(spec: RunSpec, draw: np.random.Generator, device: torch.device) -> Iterator[None]:
+    """What a network itself draws (dropout) comes from `draw` too; torch's own generators end as they began."""
+    if spec.model.dropout == 0 and spec.model.custom is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(draw.integers(1 << 63)))
+        yield
+
+
+@contextlib.contextmanager
+def _memory_limits() -> Iterator[None]:
+    """Raise TrainingFailed where the GPU's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingFailed(
+            "the GPU's memory is too small for a batch; lower training.batch_size or set training.truncate, "
+            "or train on the processor (device = 'cpu')"
+        ) from error
+
+
+def _arithmetic(spec: RunSpec, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """bfloat16 where the run wants it and the device is a GPU; the numbers that are trained stay float32."""
+    if spec.training.mixed_precision and device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+# Losses ----------------------------------------------------------------------------------------------------------------
+
+
+def loss_for(spec: RunSpec, device: torch.device) -> Loss:
+    """The loss that the run minimises: the mean over the labels that are there, 0 without any.
+
+    Its arguments are the network's outputs and the labels, as in Batch. A missing number or yes/no label (NaN) and a padded
+    token (-1) count for nothing and have no gradient. Focal is Lin et al. 2017 with gamma 2; Huber's delta is 1, in the
+    normalised units of the targets. Class weights multiply a label's loss, and the mean is over the sum of the weights.
+    """
+    kind = spec.task.kind
+    loss = spec.task.loss or ("mse" if spec.task.of_numbers else "cross_entropy")
+    given = spec.task.class_weights
+    weights = None if given is None else torch.tensor(given, dtype=torch.float32, device=device)
+    if spec.task.of_numbers:
+        return lambda outputs, y: _of_numbers(loss, outputs, y)
+    if kind == "multilabel":
+        return lambda outputs, y: _of_labels(loss == "focal", weights, outputs, y)
+    of_classes = _focal if loss == "focal" else functional.cross_entropy
+    if kind == "next_token":
+        return lambda outputs, y: of_classes(outputs.flatten(0, 1), y.flatten(), ignore_index=-1)
+    return lambda outputs, y: of_classes(outputs, y, weights)
+
+
+def _focal(logits: Tensor, y: Tensor, weights: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+    """Lin et al. 2017, equation 5: -w (1 - p)^2 log p of the true class's probability p. logits (N, C), y (N,)."""
+    surprise = functional.cross_entropy(logits, y, ignore_index=ignore_index, reduction="none")
+    share = (y != ignore_index).float() if weights is None else weights[y]
+    return _mean(_focused(surprise), share)
+
+
+def _of_labels(focal: bool, weights: Tensor | None, outputs: Tensor, y: Tensor) -> Tensor:
+    """Each label's binary cross-entropy or focal loss; `weights` (K,) multiply that of positives. outputs, y (B, K)."""
+    there = ~y.isnan()
+    known = torch.where(there, y, 0.0)
+    surprise = functional.binary_cross_entropy_with_logits(outputs, known, reduction="none")
+    losses = _focused(surprise) if focal else surprise
+    share = there.float() if weights is None else torch.where(known > 0.5, weights, 1.0) * there
+    return _mean(losses, share)
+
+
+def _of_numbers(kind: str, outputs: Tensor, y: Tensor) -> Tensor:
+    """mse, mae or huber of the numbers that are there. outputs, y (B, K)."""
+    there = ~y.isnan()
+    known = torch.where(there, y, 0.0)
+    match kind:
+        case "mse":
+            losses = functional.mse_loss(outputs, known, reduction="none")
+        case "mae":
+            losses = functional.l1_loss(outputs, known, reduction="none")
+        case _:
+            losses = functional.huber_loss(outputs, known, reduction="none")
+    return _mean(losses, there.float())
+
+
+def _focused(surprise: Tensor) -> Tensor:
+    """(1 - p)^gamma (-log p) of -log p."""
+    return (1 - torch.exp(-surprise)) ** FOCUS * surprise
+
+
+def _mean(losses: Tensor, share: Tensor) -> Tensor:
+    total = share.sum()
+    return (losses * share).sum() / torch.where(total > 0, total, 1.0)
+
+
+# Scoring ---------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(network: Network, data: Sequences, spec: RunSpec) -> dict[str, int]:
+    """The exact sums of `scoring.score` over all these sequences; raises TrainingFailed if a loss is not finite."""
+    tally = {"examples": 0, "loss": 0}
+    for indices, outputs, batch in outputs_of(network, data, spec):
+        anomalies = None if data.anomalies is None else data.anomalies[indices]
+        tally = add([tally, score(spec, outputs, batch, anomalies=anomalies)])
+    return tally
+
+
+def outputs_of(
+    network: Network, data: Sequences, spec: RunSpec
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32], Batch]]:
+    """The sequences in their order, in batches: their indices, the network's outputs as `Network.forward` has them, and they
+    themselves. Raises TrainingFailed if the GPU's memory is too small.
+    """
     network.eval()
-    correct, loss_sum = 0, 0
-    for start in range(0, len(data), SCORING_BATCH):
-        rows = torch.arange(start, min(start + SCORING_BATCH, len(data)))
-        logits = network(x[rows], _chosen(lengths, rows))
-        losses = functional.cross_entropy(logits, y[rows], reduction="none")
-        if not losses.isfinite().all():
-            raise TrainingFailed("the model's loss on the validation data is not finite; lower the run's learning rate")
-        # Sequence by sequence in whole units, so that no sum rounds. One sequence's loss may still differ by a unit between
-        # batches of different sizes, for which torch's kernels add in another order.
-        loss_sum += sum(units(value) for value in losses.tolist())
-        correct += int((logits.argmax(dim=1) == y[rows]).sum())
-    return {"examples": len(data), "loss": loss_sum, "correct": correct}
+    at_once = _at_once(data, spec)
+    for start in range(0, len(data), at_once):
+        indices = np.arange(start, min(start + at_once, len(data)))
+        batch = data.batch(indices)
+        x, lengths, _ = _tensors(batch, network.device)
+        with torch.no_grad(), _memory_limits():
+            outputs = network(x, lengths).cpu().numpy()
+        yield indices, outputs, batch
 
 
-def _optimizer(network: SequenceClassifier, settings: TrainingSpec) -> torch.optim.Optimizer:
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(network.parameters(), lr=settings.learning_rate, momentum=settings.momentum)
-    return torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
+def _at_once(data: Sequences, spec: RunSpec) -> int:
+    """How many sequences to score at once: the most memory goes to a layer's gates, or to the outputs at each step."""
+    widest = max(spec.data.inputs if spec.data.vocabulary is None else 1, 4 * spec.model.hidden)
+    if spec.task.kind == "next_token":
+        widest = max(widest, spec.outputs)
+    longest = int(data.lengths.max(initial=1))
+    return max(1, min(SCORING_BATCH, SCORING_ROOM // (longest * widest)))
 
 
-def _tensors(data: Sequences) -> tuple[Tensor, Tensor, Tensor | None]:
-    lengths = None if data.lengths is None else torch.from_numpy(data.lengths)
-    return torch.from_numpy(data.x), torch.from_numpy(data.y), lengths
+def _labels_of(batch: Batch, spec: RunSpec) -> int:
+    """What a batch counts for in the training's mean loss: its sequences, or its tokens to foretell."""
+    return int((batch.y >= 0).sum()) if spec.task.kind == "next_token" else len(batch)
 
 
-def _chosen(lengths: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if lengths is None else lengths[rows]
+def _tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
+    lengths = None if batch.lengths is None else torch.from_numpy(batch.lengths)
+    return torch.from_numpy(batch.x).to(device), lengths, torch.from_numpy(batch.y).to(device)

@@ -11,8 +11,9 @@ from rich.live import Live
 
 from seqfed.client.admin import Operator
 from seqfed.client.session import Backoff
-from seqfed.client.shown import COLUMNS, progress_table, round_row, run_dict
+from seqfed.client.shown import columns, progress_table, round_row, run_dict
 from seqfed.common.errors import ServerUnavailable
+from seqfed.common.metrics import main_metrics
 from seqfed.common.views import RoundRecord, RunView
 
 
@@ -28,6 +29,7 @@ async def follow(operator: Operator, run: str, *, as_json: bool = False, console
             try:
                 async for view in operator.watch(run, rounds[-1].round if rounds else 0):
                     backoff.reset()
+                    run = view.run  # its name may soon be another's too
                     rounds.extend(view.history)
                     show.update(view, rounds)
                 if view is not None and view.ended:
@@ -62,8 +64,10 @@ class _Lines:
         if not rounds and not view.ended and view.reason != self._reason:
             self._console.print(f"{view.phase}: {view.reason}", highlight=False, markup=False, soft_wrap=True)
             self._reason = view.reason
+        metrics = main_metrics(view.spec) if len(rounds) > self._shown else ()
         for record in rounds[self._shown :]:
-            told = ", ".join(f"{name} {value}" for name, value in zip(COLUMNS, round_row(record), strict=True))
+            row = zip(columns(metrics), round_row(record, metrics), strict=True)
+            told = ", ".join(f"{name} {value}" for name, value in row)
             self._console.print(told, highlight=False, soft_wrap=True)
         self._shown = len(rounds)
         if view.ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from blake3 import blake3
 
-from seqfed.client.data import ClientData
+from seqfed.client.data import ClientData, Source
 from seqfed.common.errors import LayoutMismatch, SchemaMismatch
 from seqfed.common.layout import Flat, Layout, Parameters
 from seqfed.common.model import layout_of
@@ -19,7 +20,9 @@ from seqfed.common.spec import RunSpec
 from seqfed.common.views import Task
 
 if TYPE_CHECKING:
-    from seqfed.client.network import SequenceClassifier
+    from seqfed.client.network import Network
+
+log = logging.getLogger("seqfed.client")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,55 +40,76 @@ class LocalUpdate:
 
 
 class Workshop:
-    """One client's data and, between tasks, the network last used."""
+    """One client's data and, between tasks, what the last run made of them and its network."""
 
-    def __init__(self, client: str, data: ClientData, threads: int) -> None:
+    def __init__(
+        self, client: str, source: Source, *, threads: int = 1, device: str = "cpu", allow_custom: tuple[str, ...] = ()
+    ) -> None:
         self.client = client
-        self.data = data
+        self.source = source
         self._threads = threads
-        self._checked: tuple[RunSpec, Layout] | None = None
-        self._network: tuple[RunSpec, SequenceClassifier] | None = None
+        self._device = device
+        self._allow_custom = allow_custom
+        self._checked: tuple[RunSpec, Layout, ClientData] | None = None
+        self._network: tuple[RunSpec, Network] | None = None
         self._delta: Flat | None = None  # fresh memory costs more than the copy into it, so it is used again
 
-    def check(self, task: Task) -> None:
-        """Raise SchemaMismatch or LayoutMismatch if the task is not for these data or this version of the software."""
+    def check(self, task: Task) -> ClientData:
+        """The run's sequences; raises SchemaMismatch, DataError or LayoutMismatch if the task is not for these data or this
+        version of the software. The first call for a run reads and cuts the data, the others find that done.
+        """
         if self._checked is None or self._checked[0] is not task.spec:
-            why = misfit(task.spec.data, self.data.schema)
+            why = misfit(task.spec.data, self.source.schema)
             if why is not None:
                 raise SchemaMismatch(f"client '{self.client}' {why}")
-            self._checked = (task.spec, layout_of(task.spec))
+            data = self._checked[2] if self._checked is not None and _alike(self._checked[0], task.spec) else None
+            if data is None:
+                data = self.source.prepare(task.spec)
+                if len(data.training) == 0:
+                    raise SchemaMismatch(f"client '{self.client}' has no sequence to train on that fits the run")
+                if data.refused is not None:
+                    log.warning("run %s: %s", task.spec.name, data.refused)
+            self._checked = (task.spec, layout_of(task.spec), data)
         layout = self._checked[1]
         if layout.digest != task.model.layout_digest or layout.nbytes != task.model.nbytes:
             raise LayoutMismatch(
                 "the server builds another model of this specification; run the same version of seqfed"
             )
+        return self._checked[2]
 
     def train(self, task: Task, flat: Flat, cancelled: Callable[[], bool]) -> LocalUpdate:
-        """Train from the global model `flat`; raises TrainingFailed, training.Cancelled."""
+        """Train from the global model `flat`; raises what `check` does, TrainingFailed, training.Cancelled."""
         from seqfed.client import training
 
+        data = self.check(task).training
         network = self._prepared(task, flat)
         draw = generator(task.spec.seed, task.key.round, self.client, "batches")
-        trained = training.train(network, self.data.training, task.spec.training, draw, cancelled)
+        trained = training.train(network, data, task.spec, task.key.round, draw, cancelled)
         if self._delta is None or self._delta.shape != flat.shape:
             self._delta = np.empty_like(flat)
         delta = network.save(out=self._delta).flat
         delta -= flat
         digest = blake3(delta.data.cast("B")).digest()
-        return LocalUpdate(delta, digest, len(self.data.training), trained.tally, trained.seconds)
+        return LocalUpdate(delta, digest, data.weight, trained.tally, trained.seconds)
 
     def evaluate(self, task: Task, flat: Flat) -> dict[str, int]:
         """The global model's exact sums on this client's validation data."""
         from seqfed.client import training
 
-        return training.evaluate(self._prepared(task, flat), self.data.validation)
+        data = self.check(task).validation
+        return training.evaluate(self._prepared(task, flat), data, task.spec)
 
-    def _prepared(self, task: Task, flat: Flat) -> SequenceClassifier:
-        from seqfed.client.network import SequenceClassifier, use_threads
+    def _prepared(self, task: Task, flat: Flat) -> Network:
+        from seqfed.client.network import network_for, use_threads
 
         use_threads(self._threads)
         if self._network is None or self._network[0] is not task.spec:
-            self._network = (task.spec, SequenceClassifier(task.spec))
+            self._network = (task.spec, network_for(task.spec, device=self._device, allow_custom=self._allow_custom))
         network = self._network[1]
         network.load(Parameters(network.layout, np.asarray(flat)))
         return network
+
+
+def _alike(one: RunSpec, other: RunSpec) -> bool:
+    """Whether two runs make the same sequences of the same files."""
+    return (one.data, one.task) == (other.data, other.task)

@@ -12,7 +12,11 @@ import typer
 from seqfed.common.errors import SeqfedError
 
 GROUP: Final = "seqfed.commands"
-ORDER: Final = ("demo", "server", "client", "submit", "runs", "watch", "stop", "clients", "export", "health")
+ORDER: Final = (
+    *("demo", "server", "client", "data"),
+    *("submit", "runs", "watch", "stop", "clients", "health"),
+    *("metrics", "export", "predict", "evaluate"),
+)
 
 
 def build() -> typer.Typer:
@@ -28,7 +32,11 @@ def build() -> typer.Typer:
     found = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
     known = [name for name in ORDER if name in found]
     for name in (*known, *sorted(found.keys() - set(known))):
-        app.command(name)(found[name].load())
+        command = found[name].load()
+        if isinstance(command, typer.Typer):  # a group of commands
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
     return app
 
 

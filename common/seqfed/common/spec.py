@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]  # of a column, or a value in one
 
 
 class Settings(BaseModel):
@@ -18,32 +19,196 @@ class Settings(BaseModel):
 
 
 class DataSpec(Settings):
-    """What every participating client's data must look like."""
+    """What a sequence and its label are, the same for every client: numbers a step, or tokens of a vocabulary."""
 
-    features: Count = Field(description="numbers a step")
-    classes: int = Field(ge=2, le=1_000_000, description="labels are 0 to classes - 1")
-    steps: Count | None = Field(default=None, description="steps a sequence; left out: any length")
+    # Numbers: columns by name, or only their count where they have no names (NPZ).
+    features: Count | None = Field(default=None, description="numbers a step; with columns their count")
+    columns: tuple[Name, ...] | None = Field(
+        strict=False, default=None, description="the numbers by their columns' names, in this order"
+    )
+    categories: dict[Name, Annotated[tuple[Name, ...], Field(strict=False, min_length=1)]] = Field(
+        default={}, description="text columns and their values: one more number a value, 1 where it is the step's"
+    )
+    missing: Literal["refuse", "mask", "forward", "mean"] = Field(
+        default="refuse",
+        description="a missing number: refuse its row; 0 and one more number a column that is 1 where it was there; "
+        "the entity's last one before it; the mean",
+    )
+    mean: tuple[float, ...] | None = Field(strict=False, default=None, description="subtracted, one a column")
+    scale: tuple[float, ...] | None = Field(strict=False, default=None, description="divided by, one a column")
+    grid: float | None = Field(
+        default=None, gt=0, description="long format: one step's length, in the unit of the time column"
+    )
+    # Tokens.
+    vocabulary: tuple[str, ...] | None = Field(
+        strict=False, default=None, description="the tokens, of ids 1, 2, ...; 0 is the unknown one"
+    )
+    unit: Literal["characters", "words"] = Field(default="characters", description="what a token is")
+    unknown: Literal["token", "skip", "refuse"] = Field(
+        default="token", description="a token that is not in the vocabulary: its own id 0, left out, or refused"
+    )
+    # Steps.
+    steps: Count | None = Field(
+        default=None, description="steps a sequence at most, its last ones; left out: any length"
+    )
+    stride: Count | None = Field(
+        default=None, description="cut each entity into windows of `steps`, so far apart; left out: one sequence each"
+    )
+    horizon: int = Field(default=0, ge=0, le=1_000_000, description="rows from a window's last to its label's")
+    # Labels.
+    classes: int | None = Field(default=None, ge=2, le=1_000_000, description="labels are 0 to classes - 1")
+    labels: tuple[Name, ...] | None = Field(
+        strict=False, default=None, description="the classes by their names in the data, in this order"
+    )
+    targets: Count | None = Field(default=None, description="numbers or yes/no labels a sequence, if not one class")
+    target_mean: tuple[float, ...] | None = Field(strict=False, default=None, description="of regression's targets")
+    target_scale: tuple[float, ...] | None = Field(strict=False, default=None, description="of regression's targets")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.vocabulary is None and self.numbers == 0:
+            raise ValueError(
+                "data needs features, columns or a vocabulary: what is a step? (`seqfed data schema FILE`)"
+            )
+        if self.vocabulary is not None and (self.numbers or self.categories or self.missing != "refuse" or self.grid):
+            raise ValueError("data.vocabulary excludes features, columns, categories, missing and grid; keep one kind")
+        if self.columns is not None and self.features not in {None, len(self.columns)}:
+            raise ValueError(f"data.features is {self.features}, data.columns names {len(self.columns)}; drop features")
+        for name in ("columns", "vocabulary", "labels"):
+            values = getattr(self, name) or ()
+            if len(set(values)) != len(values):
+                twice = next(one for one in values if values.count(one) > 1)
+                raise ValueError(f"data.{name} has {twice!r} twice")
+        for name, count in (
+            ("mean", self.numbers),
+            ("scale", self.numbers),
+            ("target_mean", self.targets or 0),
+            ("target_scale", self.targets or 0),
+        ):
+            values = getattr(self, name)
+            if values is not None and len(values) != count:
+                raise ValueError(f"data.{name} has {len(values)} numbers where {count} are due")
+        if any(one <= 0 for one in (*(self.scale or ()), *(self.target_scale or ()))):
+            raise ValueError("data.scale and data.target_scale must be above 0")
+        if self.missing == "mean" and self.mean is None:
+            raise ValueError("data.missing = 'mean' needs data.mean, one number a column (`seqfed data schema FILE`)")
+        if self.stride is not None and self.steps is None:
+            raise ValueError("data.stride needs data.steps: windows of how many steps?")
+        if self.labels is not None and self.classes not in {None, len(self.labels)}:
+            raise ValueError(f"data.classes is {self.classes}, data.labels names {len(self.labels)}; drop classes")
+        if self.vocabulary is not None and self.unit == "characters" and any(len(one) != 1 for one in self.vocabulary):
+            raise ValueError("data.vocabulary has tokens of several characters; set unit = 'words'")
+        return self
+
+    @property
+    def numbers(self) -> int:
+        """Number columns a step; 0 for tokens."""
+        return len(self.columns) if self.columns is not None else (self.features or 0)
+
+    @property
+    def inputs(self) -> int:
+        """Width of a step as the network sees it: columns, their masks, categories; or the ids of tokens."""
+        if self.vocabulary is not None:
+            return len(self.vocabulary) + 1
+        return self.numbers * (2 if self.missing == "mask" else 1) + sum(map(len, self.categories.values()))
+
+    @property
+    def class_count(self) -> int:
+        """Classes of a label; 0 if there are none."""
+        return len(self.labels) if self.labels is not None else (self.classes or 0)
+
+
+class TaskSpec(Settings):
+    """What the model learns to say of a sequence."""
+
+    kind: Literal["classification", "multilabel", "regression", "forecast", "next_token", "anomaly"] = Field(
+        default="classification",
+        description="one class; several yes/no labels, some missing; numbers; the next `horizon` steps; at each step the "
+        "token after it; a score: how badly the next step is forecast",
+    )
+    horizon: Count = Field(default=1, description="forecast: steps ahead")
+    loss: Literal["cross_entropy", "focal", "mse", "mae", "huber"] | None = Field(
+        default=None, description="left out: cross_entropy for classes, labels and tokens, mse for numbers"
+    )
+    class_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        strict=False, default=None, description="of each class's (multilabel: each label's positive) loss in training"
+    )
+
+    @property
+    def of_numbers(self) -> bool:
+        """Whether the outputs are numbers, not scores of classes, labels or tokens."""
+        return self.kind in {"regression", "forecast", "anomaly"}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.loss is not None and (self.loss in {"mse", "mae", "huber"}) != self.of_numbers:
+            fitting = "mse, mae or huber" if self.of_numbers else "cross_entropy or focal"
+            raise ValueError(f"task.loss = '{self.loss}' does not fit a {self.kind} task; use {fitting}")
+        if self.horizon != 1 and self.kind != "forecast":
+            raise ValueError("task.horizon belongs to kind = 'forecast'")
+        if self.class_weights is not None and self.kind not in {"classification", "multilabel"}:
+            raise ValueError("task.class_weights belong to classification and multilabel tasks")
+        return self
 
 
 class ModelSpec(Settings):
-    """A recurrent network over the steps and a linear layer on the last one."""
+    """An embedding if the steps are tokens, recurrent layers over the steps, pooling, and a linear layer."""
 
     kind: Literal["rnn", "lstm", "gru"] = "lstm"
     hidden: int = Field(default=64, ge=1, le=65_536, description="units a layer")
     layers: int = Field(default=2, ge=1, le=64)
+    nonlinearity: Literal["tanh", "relu"] = Field(default="tanh", description="of rnn")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of each layer's output but the last, in training")
+    bidirectional: bool = False
+    embedding: int = Field(default=64, ge=1, le=65_536, description="numbers a token")
+    projection: int | None = Field(default=None, ge=1, le=65_536, description="of lstm: numbers a layer hands on")
+    pooling: Literal["last", "mean", "attention"] = Field(
+        default="last", description="of the last layer's states into one: the last real one, their mean, a learnt mean"
+    )
+    custom: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="module:function that makes the torch module from the RunSpec, instead of all the above",
+    )
+    tensors: tuple[tuple[str, tuple[int, ...]], ...] | None = Field(
+        strict=False, default=None, description="names and shapes of a custom model; `seqfed submit` fills them in"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.nonlinearity != "tanh" and self.kind != "rnn":
+            raise ValueError(f"model.nonlinearity belongs to kind = 'rnn', not to '{self.kind}'")
+        if self.projection is not None and (self.kind != "lstm" or self.projection >= self.hidden):
+            raise ValueError("model.projection belongs to kind = 'lstm', and must be smaller than hidden")
+        if (self.custom is None) != (self.tensors is None) and self.custom is None:
+            raise ValueError("model.tensors belong to a custom model")
+        return self
 
 
 class TrainingSpec(Settings):
     """One client's local training in one round."""
 
-    optimizer: Literal["sgd", "adam"] = "adam"
+    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
     learning_rate: float = Field(default=3e-3, gt=0, le=100)
     momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd")
+    weight_decay: float = Field(default=0.0, ge=0, le=10)
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="of the learning rate over the rounds, down to `final` of it in the last"
+    )
+    warmup: int = Field(default=0, ge=0, le=1_000_000, description="rounds in which it first grows to its full size")
+    final: float = Field(
+        default=0.1, ge=0, le=1, description="share of it in the last round, where the schedule is not constant"
+    )
+    clip_norm: float | None = Field(default=None, gt=0, description="of each batch's gradient; left out: no clipping")
     batch_size: Count = 32
     epochs: Count | None = Field(
         default=None, description="passes over the client's data a round; 1 if steps is left out too"
     )
     steps: Count | None = Field(default=None, description="batches a round, instead of epochs")
+    truncate: Count | None = Field(
+        default=None, description="back-propagate through so many steps at most (truncated BPTT); left out: through all"
+    )
+    mixed_precision: bool = Field(default=False, description="bfloat16 arithmetic on a client that trains on CUDA")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -114,7 +279,7 @@ class EvaluationSpec(Settings):
 class ConvergenceSpec(Settings):
     """Stop before the last round when a metric no longer improves."""
 
-    metric: Literal["loss", "accuracy"] = "loss"
+    metric: str = Field(default="loss", description="one of those that the run's task has")
     patience: Count = Field(default=5, description="evaluations without improvement")
     min_delta: float = Field(default=0.0, ge=0, description="a change that counts as improvement")
 
@@ -126,6 +291,7 @@ class RunSpec(Settings):
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     rounds: Count = 10
     data: DataSpec
+    task: TaskSpec = TaskSpec()
     model: ModelSpec = ModelSpec()
     training: TrainingSpec = TrainingSpec()
     cohort: CohortSpec = CohortSpec()
@@ -137,7 +303,43 @@ class RunSpec(Settings):
     def _consistent(self) -> Self:
         if self.convergence is not None and self.evaluation.every == 0:
             raise ValueError("convergence needs evaluations; set evaluation.every to 1 or more")
+        self._check_task()
         return self
+
+    def _check_task(self) -> None:
+        """Raise ValueError unless the data have what the task needs."""
+        data, kind = self.data, self.task.kind
+        if kind == "classification" and not data.class_count:
+            raise ValueError("a classification task needs data.classes or data.labels")
+        if kind in {"multilabel", "regression"} and data.targets is None:
+            raise ValueError(f"a {kind} task needs data.targets, the number of its labels")
+        if kind in {"forecast", "anomaly"} and (data.vocabulary is not None or data.stride is None):
+            raise ValueError(
+                f"a {kind} task needs windows of numbers: data.columns or features, data.steps, data.stride"
+            )
+        if kind == "next_token" and (data.vocabulary is None or data.steps is None):
+            raise ValueError("a next_token task needs data.vocabulary and data.steps")
+        if kind == "next_token" and (self.model.bidirectional or self.model.pooling != "last"):
+            raise ValueError("a next_token model may not see the tokens to come: no bidirectional, no pooling")
+        if self.training.truncate is not None and (self.model.bidirectional or self.model.custom):
+            raise ValueError("training.truncate needs a built-in model that reads in one direction; drop it")
+        weights = self.task.class_weights
+        due = data.targets if kind == "multilabel" else data.class_count
+        if weights is not None and len(weights) != due:
+            raise ValueError(f"task.class_weights has {len(weights)} numbers, the task has {due} classes or labels")
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the network puts out: a sequence, or for next_token a step."""
+        match self.task.kind:
+            case "classification":
+                return self.data.class_count
+            case "multilabel" | "regression":
+                return self.data.targets or 0
+            case "next_token":
+                return self.data.inputs
+            case _:
+                return self.task.horizon * self.data.numbers
 
     @cached_property
     def canonical(self) -> bytes:

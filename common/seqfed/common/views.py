@@ -67,23 +67,31 @@ class UpdateHeader:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One finished round. Seconds are wall time, bytes are payload messages; tallies as in `seqfed.common.metrics`."""
+    """One finished round. Seconds are wall time, bytes are payload messages.
+
+    training: the summed tally of the local trainings, as in `seqfed.common.metrics`. evaluation: the new model's metrics over
+    all `evaluated_examples`; not their sums, which with histograms are a hundred times the size and of no further use: no
+    round is ever added to another. spread: metric -> (median, worst decile) over the `evaluated_clients`.
+    """
 
     round: int
     attempt: int
     cohort: tuple[str, ...]
     folded: tuple[str, ...]
     training: Mapping[str, int] = field(default_factory=dict)
-    evaluation: Mapping[str, int] = field(default_factory=dict)
+    evaluation: Mapping[str, float] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
     slowest_training_seconds: float = 0.0
+    spread: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    evaluated_examples: int = 0
+    evaluated_clients: int = 0
 
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as its operator sees it."""
+    """A run as its operator sees it; `metrics` are of the last round that was evaluated."""
 
     run: str
     name: str
@@ -100,6 +108,7 @@ class RunView:
     seconds: float
     spec: RunSpec
     ended: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

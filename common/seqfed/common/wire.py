@@ -42,7 +42,8 @@ def key_from_wire(message: federation_pb2.TaskKey) -> views.TaskKey:
     return views.TaskKey(message.run, message.round, message.attempt)
 
 
-def task_to_wire(task: views.Task) -> federation_pb2.Task:
+def task_to_wire(task: views.Task, known: RunSpec | None = None) -> federation_pb2.Task:
+    """The message; without the specification if that is the `known` one, the last on the same stream."""
     model = federation_pb2.ModelVersion(
         version=task.model.version,
         bytes=task.model.nbytes,
@@ -50,7 +51,8 @@ def task_to_wire(task: views.Task) -> federation_pb2.Task:
         layout_digest=task.model.layout_digest,
         data=task.model.data,
     )
-    return federation_pb2.Task(kind=_KINDS[task.kind], key=key_to_wire(task.key), spec=task.spec.canonical, model=model)
+    spec = b"" if task.spec is known else task.spec.canonical
+    return federation_pb2.Task(kind=_KINDS[task.kind], key=key_to_wire(task.key), spec=spec, model=model)
 
 
 @functools.lru_cache(maxsize=16)
@@ -59,8 +61,11 @@ def _spec(text: bytes) -> RunSpec:
     return validate_json(RunSpec, text, "the task's specification")
 
 
-def task_from_wire(message: federation_pb2.Task) -> views.Task:
-    """Raises ConfigError for a specification that does not validate, VersionMismatch for a kind from the future."""
+def task_from_wire(message: federation_pb2.Task, known: RunSpec | None = None) -> views.Task:
+    """The task; `known` is the specification of the last one on the same stream.
+
+    Raises ConfigError for a specification that does not validate, VersionMismatch for a kind from the future.
+    """
     if message.kind not in _KINDS_BACK:
         raise VersionMismatch(
             f"this version of seqfed knows no task of kind {message.kind}; install the server's version"
@@ -69,7 +74,7 @@ def task_from_wire(message: federation_pb2.Task) -> views.Task:
     return views.Task(
         _KINDS_BACK[message.kind],
         key_from_wire(message.key),
-        _spec(message.spec),
+        known if known is not None and not message.spec else _spec(message.spec),
         views.ModelVersion(model.version, model.bytes, model.digest, model.layout_digest, model.data),
     )
 
@@ -112,6 +117,12 @@ def record_to_wire(record: views.RoundRecord) -> admin_pb2.RoundRecord:
         bytes_down=record.bytes_down,
         seconds=record.seconds,
         slowest_training_seconds=record.slowest_training_seconds,
+        spread={
+            metric: admin_pb2.Spread(median=median, worst_decile=worst)
+            for metric, (median, worst) in record.spread.items()
+        },
+        evaluated_examples=record.evaluated_examples,
+        evaluated_clients=record.evaluated_clients,
     )
 
 
@@ -127,6 +138,9 @@ def record_from_wire(message: admin_pb2.RoundRecord) -> views.RoundRecord:
         bytes_down=message.bytes_down,
         seconds=message.seconds,
         slowest_training_seconds=message.slowest_training_seconds,
+        spread={metric: (both.median, both.worst_decile) for metric, both in message.spread.items()},
+        evaluated_examples=message.evaluated_examples,
+        evaluated_clients=message.evaluated_clients,
     )
 
 
@@ -147,6 +161,7 @@ def run_to_wire(view: views.RunView) -> admin_pb2.RunStatus:
         seconds=view.seconds,
         spec=view.spec.canonical,
         ended=view.ended,
+        metrics=view.metrics,
     )
 
 
@@ -167,6 +182,7 @@ def run_from_wire(message: admin_pb2.RunStatus) -> views.RunView:
         seconds=message.seconds,
         spec=validate_json(RunSpec, message.spec, "the run's specification"),
         ended=message.ended,
+        metrics=dict(message.metrics),
     )
 
 

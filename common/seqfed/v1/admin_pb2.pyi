@@ -93,6 +93,31 @@ class SubmitReply(_message.Message):
 Global___SubmitReply: _TypeAlias = SubmitReply  # noqa: Y015
 
 @_typing.final
+class Spread(_message.Message):
+    """Of one metric over the clients that have scored the model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEDIAN_FIELD_NUMBER: _builtins.int
+    WORST_DECILE_FIELD_NUMBER: _builtins.int
+    median: _builtins.float
+    worst_decile: _builtins.float
+    """where the worst tenth of the clients begins"""
+    def __init__(
+        self,
+        *,
+        median: _builtins.float = ...,
+        worst_decile: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["median", b"median", "worst_decile", b"worst_decile"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Spread: _TypeAlias = Spread  # noqa: Y015
+
+@_typing.final
 class RoundRecord(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -123,14 +148,35 @@ class RoundRecord(_message.Message):
         KEY_FIELD_NUMBER: _builtins.int
         VALUE_FIELD_NUMBER: _builtins.int
         key: _builtins.str
-        value: _builtins.int
+        value: _builtins.float
         def __init__(
             self,
             *,
             key: _builtins.str = ...,
-            value: _builtins.int = ...,
+            value: _builtins.float = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class SpreadEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___Spread: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___Spread | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
         _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -141,11 +187,14 @@ class RoundRecord(_message.Message):
     COHORT_FIELD_NUMBER: _builtins.int
     FOLDED_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
-    EVALUATION_FIELD_NUMBER: _builtins.int
     BYTES_UP_FIELD_NUMBER: _builtins.int
     BYTES_DOWN_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     SLOWEST_TRAINING_SECONDS_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    SPREAD_FIELD_NUMBER: _builtins.int
+    EVALUATED_EXAMPLES_FIELD_NUMBER: _builtins.int
+    EVALUATED_CLIENTS_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     attempt: _builtins.int
     bytes_up: _builtins.int
@@ -155,6 +204,9 @@ class RoundRecord(_message.Message):
     """wall time since the round before was closed (the run began), evaluation included"""
     slowest_training_seconds: _builtins.float
     """the slowest client's own training time"""
+    evaluated_examples: _builtins.int
+    evaluated_clients: _builtins.int
+    """that had examples"""
     @_builtins.property
     def cohort(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """the clients asked"""
@@ -168,8 +220,14 @@ class RoundRecord(_message.Message):
         """summed tally of the local trainings"""
 
     @_builtins.property
-    def evaluation(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """summed tally of the new model's evaluation; empty if not evaluated"""
+    def evaluation(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """the new model's metrics over all examples (see seqfed.common.metrics); empty if"""
+
+    @_builtins.property
+    def spread(self) -> _containers.MessageMap[_builtins.str, Global___Spread]:
+        """it was not evaluated
+        by metric
+        """
 
     def __init__(
         self,
@@ -179,15 +237,18 @@ class RoundRecord(_message.Message):
         cohort: _abc.Iterable[_builtins.str] | None = ...,
         folded: _abc.Iterable[_builtins.str] | None = ...,
         training: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
-        evaluation: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         bytes_up: _builtins.int = ...,
         bytes_down: _builtins.int = ...,
         seconds: _builtins.float = ...,
         slowest_training_seconds: _builtins.float = ...,
+        evaluation: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        spread: _abc.Mapping[_builtins.str, Global___Spread] | None = ...,
+        evaluated_examples: _builtins.int = ...,
+        evaluated_clients: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "cohort", b"cohort", "evaluation", b"evaluation", "folded", b"folded", "round", b"round", "seconds", b"seconds", "slowest_training_seconds", b"slowest_training_seconds", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "cohort", b"cohort", "evaluated_clients", b"evaluated_clients", "evaluated_examples", b"evaluated_examples", "evaluation", b"evaluation", "folded", b"folded", "round", b"round", "seconds", b"seconds", "slowest_training_seconds", b"slowest_training_seconds", "spread", b"spread", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -196,6 +257,26 @@ Global___RoundRecord: _TypeAlias = RoundRecord  # noqa: Y015
 @_typing.final
 class RunStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     RUN_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
@@ -212,6 +293,7 @@ class RunStatus(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     name: _builtins.str
     phase: _builtins.str
@@ -240,6 +322,10 @@ class RunStatus(_message.Message):
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundRecord]:
         """WatchRun: the rounds new since the last snapshot"""
 
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """of the last round that was evaluated"""
+
     def __init__(
         self,
         *,
@@ -258,10 +344,11 @@ class RunStatus(_message.Message):
         seconds: _builtins.float = ...,
         spec: _builtins.bytes = ...,
         ended: _builtins.bool = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "cohort", b"cohort", "ended", b"ended", "history", b"history", "name", b"name", "pending", b"pending", "phase", b"phase", "reason", b"reason", "round", b"round", "rounds", b"rounds", "run", b"run", "seconds", b"seconds", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "cohort", b"cohort", "ended", b"ended", "history", b"history", "metrics", b"metrics", "name", b"name", "pending", b"pending", "phase", b"phase", "reason", b"reason", "round", b"round", "rounds", b"rounds", "run", b"run", "seconds", b"seconds", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -158,7 +158,7 @@ class Task(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     kind: Global___TaskKind.ValueType
     spec: _builtins.bytes
-    """canonical JSON of the RunSpec"""
+    """canonical JSON of the RunSpec; empty: that of the task before on this stream"""
     @_builtins.property
     def key(self) -> Global___TaskKey: ...
     @_builtins.property
@@ -314,7 +314,7 @@ class UpdateHeader(_message.Message):
     def key(self) -> Global___TaskKey: ...
     @_builtins.property
     def tally(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """exact sums of the local training (see seqfed.common.metrics)"""
+        """exact sums of the local training (see TRAINED of seqfed.common.metrics)"""
 
     def __init__(
         self,
@@ -461,7 +461,9 @@ class SubmitEvaluationRequest(_message.Message):
     @_builtins.property
     def key(self) -> Global___TaskKey: ...
     @_builtins.property
-    def tally(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    def tally(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """exact sums (see names of seqfed.common.metrics); those that are 0 may be left out"""
+
     def __init__(
         self,
         *,

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from seqfed.common.errors import (
     WrongRound,
 )
 from seqfed.common.layout import Flat, Layout
-from seqfed.common.metrics import add
+from seqfed.common.metrics import add, names, require_metric
 from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.schema import DataSchema, misfit
 from seqfed.common.spec import RunSpec
@@ -74,6 +75,12 @@ class Live:
     mark: tuple[float, int, int] = (0.0, 0, 0)  # clock, bytes up, bytes down when the round began
     deadline: asyncio.TimerHandle | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # replaced at every change
+    trouble: str = ""  # why the store does not take its next step, while it does not
+
+    @cached_property
+    def sums(self) -> frozenset[str]:
+        """What the tally of an evaluation may have."""
+        return frozenset(names(self.spec))
 
     def tell(self) -> None:
         """Wake everybody who watches this run."""
@@ -101,6 +108,7 @@ class Coordinator:
         self._items: deque[_Item] = deque()
         self._wake = asyncio.Event()
         self._closing = False
+        self._waiting = False  # for a store that could not take an event
         self._tidying: set[asyncio.Future[None]] = set()
         self._seen: dict[str, float] = {}  # when a client that is away was last here, in seconds since the epoch
 
@@ -165,7 +173,7 @@ class Coordinator:
             item = self._items.popleft()
             try:
                 state, more = machine.on(live.spec, state, item.event)
-            except SeqfedError as error:
+            except Exception as error:  # noqa: BLE001 - the caller gets it, or the log
                 refused.append((item, error))
                 continue
             taken.append(item)
@@ -181,18 +189,34 @@ class Coordinator:
             if item.answer is not None and not item.answer.done():
                 item.answer.set_result(None)
         for item, refusal in refused:
-            if item.answer is not None and not item.answer.done():
-                item.answer.set_exception(refusal)
-            elif item.answer is None and isinstance(refusal, (StorageError, StorageFull)):
-                log.error("run %s: %s: %s; again in %g s", live.run, type(item.event).__name__, refusal, STORE_AGAIN_S)
-                asyncio.get_running_loop().call_later(STORE_AGAIN_S, self._put, item)
-            elif item.answer is None:
-                log.debug("run %s: %s came to nothing: %s", live.run, type(item.event).__name__, refusal)
+            await self._refuse(live, item, refusal)
         try:
             await self._perform(live, effects)
         except Exception as error:  # whatever it is, it must end this run only, and say so
             log.exception("run %s: round %d", live.run, live.state.round)
             await self._break(live, str(error) if isinstance(error, SeqfedError) else "internal error; see the log")
+
+    async def _refuse(self, live: Live, item: _Item, refusal: Exception) -> None:
+        """Whoever asked is told; what nobody asked for is tried again if only the store is in the way."""
+        what = type(item.event).__name__
+        if item.answer is not None:
+            if not item.answer.done():
+                item.answer.set_exception(refusal)
+        elif isinstance(refusal, (StorageError, StorageFull)):
+            log.error("run %s: %s: %s; again in %g s", live.run, what, refusal, STORE_AGAIN_S)
+            live.trouble = f"{refusal}; trying again every {STORE_AGAIN_S:g} s"
+            live.tell()
+            self._waiting = True
+            asyncio.get_running_loop().call_later(STORE_AGAIN_S, self._again, item)
+        elif isinstance(refusal, SeqfedError):
+            log.debug("run %s: %s came to nothing: %s", live.run, what, refusal)
+        else:
+            log.error("run %s: %s", live.run, what, exc_info=refusal)
+            await self._break(live, "internal error; see the log")
+
+    def _again(self, item: _Item) -> None:
+        self._waiting = False
+        self._put(item)
 
     async def _follow(self, live: Live, event: machine.Event, model: ModelFile | None = None) -> None:
         """A step that an effect itself brought about, and its own effects."""
@@ -222,7 +246,7 @@ class Coordinator:
             await asyncio.to_thread(
                 self._store.commit, live.run, state, updates=updates, model=model, record=record, **columns
             )
-        live.state = state
+        live.state, live.trouble = state, ""
         live.started = columns.get("started", live.started)
         live.ended = columns.get("ended", live.ended)
         live.updates |= {one.client: one for one in updates}
@@ -257,7 +281,10 @@ class Coordinator:
             return None
         return replace(
             record,
-            evaluation=dict(closed.evaluation) if closed is not None else {},
+            evaluation=closed.metrics if closed is not None else {},
+            spread=closed.spread if closed is not None else {},
+            evaluated_examples=closed.examples if closed is not None else 0,
+            evaluated_clients=closed.clients if closed is not None else 0,
             bytes_up=now[1] - up,
             bytes_down=now[2] - down,
             seconds=now[0] - clock,
@@ -269,7 +296,8 @@ class Coordinator:
             match effect:
                 case machine.Ask(clients):
                     task = self._task(live, _ASKS[live.state.phase])
-                    for client in clients:
+                    # An absent one's arrival, which may be on its way here already, asks it: not twice.
+                    for client in (one for one in clients if one in live.state.present):
                         self.hub.push(client, self._with_model(live, client, task))
                 case machine.Dismiss(clients):
                     for client in clients:
@@ -277,7 +305,7 @@ class Coordinator:
                         self.hub.done(client)
                 case machine.StartDeadline(seconds):
                     self._start_deadline(live, seconds)
-                case machine.CloseRound(round_, _):
+                case machine.CloseRound(round_):
                     self.intake.forget(live.run)
                     self._tidy(live, round_)
                 case machine.EndRun():
@@ -308,7 +336,7 @@ class Coordinator:
     def _fold(self, live: Live, updates: Iterable[UpdateRow]) -> None:
         assert live.sum is not None
         for update in updates:
-            path = self._store.update_path(live.run, update.round, update.client)
+            path = self._store.update_path(live.run, update.round, update.client, update.digest)
             fedavg.fold(live.sum, _weight(live.spec, update), _numbers(path))
 
     async def _commit_model(self, live: Live) -> None:
@@ -351,7 +379,7 @@ class Coordinator:
 
     def _schedule(self) -> None:
         """Give the turn to the oldest queued run that can begin, if nobody has it."""
-        if any(live.state.phase in ACTIVE for live in self._runs.values()) or self._items:
+        if any(live.state.phase in ACTIVE for live in self._runs.values()) or self._items or self._waiting:
             return
         for live in self._runs.values():
             if live.state.phase is Phase.QUEUED:
@@ -449,7 +477,7 @@ class Coordinator:
         row = UpdateRow(
             client, header.key.round, header.weight, header.digest, dict(header.tally), header.training_seconds
         )
-        path = self._store.update_path(live.run, header.key.round, client)
+        path = self._store.update_path(live.run, header.key.round, client, header.digest)
         weight, cohort = _weight(live.spec, row), len(live.state.cohort)
         await self.intake.receive(client, header, live.layout, weight, cohort, path, chunks, meter)
         try:
@@ -464,7 +492,7 @@ class Coordinator:
         live = self._live(key.run)
         if live.state.phase is not Phase.EVALUATING or version != live.version:
             raise WrongRound(f"an evaluation of model {version} came; run {key.run} is {live.state.phase.value}")
-        check_tally(tally, len(live.state.cohort))
+        check_tally(tally, len(live.state.cohort), live.sums)
         event = machine.EvaluationArrived(key.round, client, tuple(sorted(tally.items())))
         try:
             await self._ask(live, event)
@@ -483,7 +511,11 @@ class Coordinator:
     # What operators say -------------------------------------------------------------------------------------------
 
     async def submit(self, spec: RunSpec, initial: Path | None) -> views.RunView:
-        """Queue a run, from its seed or from a safetensors checkpoint; raises CheckpointError if that is another model."""
+        """Queue a run, from its seed or from a safetensors checkpoint.
+
+        Raises CheckpointError if that is another model, ConfigError if the run's task lacks its convergence metric.
+        """
+        require_metric(spec)
         layout = layout_of(spec)
         if layout.nbytes > self._settings.max_model_bytes:
             raise TooLarge(
@@ -539,9 +571,10 @@ class Coordinator:
             most = max(1, min(50, HISTORY_NAMES // max(1, len(self._fitting(live.spec)), len(state.cohort))))
             if last > after:
                 history = await asyncio.to_thread(self._store.history, live.run, after, last, most)
-            yield self.view(live, history)
+            more = len(history) == most
+            yield replace(self.view(live, history), ended=ended and not more)
             after = history[-1].round if history else after
-            if len(history) == most:
+            if more:
                 continue
             if ended or self._closing:
                 return
@@ -562,13 +595,14 @@ class Coordinator:
             attempt=state.attempt,
             cohort=state.cohort,
             pending=state.pending,
-            reason=explain(live.spec, state, self._fitting(live.spec), misfits, turn_of),
+            reason=live.trouble or explain(live.spec, state, self._fitting(live.spec), misfits, turn_of),
             history=tuple(history),
             bytes_up=live.bytes_up,
             bytes_down=live.bytes_down,
             seconds=end - live.started if live.started is not None else 0.0,
             spec=live.spec,
             ended=state.phase in ENDED,
+            metrics=dict(state.newest),
         )
 
     async def clients(self) -> list[views.ClientView]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Final
 
@@ -17,12 +17,11 @@ import numpy as np
 
 from seqfed.common.errors import BrokenTransfer, LayoutMismatch, TooLarge, UpdateOutOfRange, storage_error
 from seqfed.common.layout import BYTES_PER_PARAMETER, Layout
+from seqfed.common.metrics import TRAINED
 from seqfed.common.transfer import Reassembly
 from seqfed.common.views import UpdateHeader
 from seqfed.server import fedavg
 
-MAX_SUMS: Final = 64  # in a tally; ours have up to 5
-MAX_SUM_NAME: Final = 64  # characters
 MAX_TOTAL: Final = 1 << 62  # of a cohort's tallies: they travel on as 64-bit integers
 _GIVEN_UP: Final = "this upload was given up: its round is over, or another one took its place"
 
@@ -179,17 +178,19 @@ def check_header(header: UpdateHeader, layout: Layout, cohort: int) -> None:
             f"({layout.digest.hex()[:12]}, {layout.nbytes:,} bytes); do both sides run the same version of seqfed?"
         )
     fedavg.check(header.weight, 0.0, 1)
-    check_tally(header.tally, cohort)
+    check_tally(header.tally, cohort, TRAINED)
     if not 0 <= header.training_seconds < math.inf:
         raise UpdateOutOfRange(f"an update took {header.training_seconds} s; it must be 0 s or more, and finite")
 
 
-def check_tally(tally: Mapping[str, int], cohort: int) -> None:
-    """Raise TooLarge or UpdateOutOfRange unless `cohort` tallies like this one can be added up and sent on."""
-    if len(tally) > MAX_SUMS or any(len(name) > MAX_SUM_NAME for name in tally):
-        raise TooLarge(f"a tally may have {MAX_SUMS} sums, with names of up to {MAX_SUM_NAME} characters")
+def check_tally(tally: Mapping[str, int], cohort: int, names: Collection[str]) -> None:
+    """Raise UpdateOutOfRange unless `cohort` tallies like this one, of these names, can be added up and sent on."""
     limit = MAX_TOTAL // max(cohort, 1)
     for name, value in tally.items():
+        if name not in names:
+            raise UpdateOutOfRange(
+                f"a tally has a sum {name[:64]!r}, which this run has not; do both sides run the same version of seqfed?"
+            )
         if abs(value) > limit:
             raise UpdateOutOfRange(
                 f"a tally's sum '{name}' is {value:,}; in a cohort of {cohort:,} it may be {limit:,} at most"

@@ -15,12 +15,12 @@ them, and again nothing changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Final
 
 from seqfed.common.errors import DuplicateUpdate, IllegalTransition, WrongRound
-from seqfed.common.metrics import SMALLER_IS_BETTER, add, summary
+from seqfed.common.metrics import SMALLER_IS_BETTER, add, spread, summary
 from seqfed.common.seeds import generator
 from seqfed.common.spec import RunSpec
 
@@ -55,7 +55,9 @@ class Run:
     folded: tuple[str, ...] = ()  # their updates are in this round's sum
     failed: tuple[tuple[str, str], ...] = ()  # (client, why) of this attempt
     evaluated: tuple[str, ...] = ()  # have answered the evaluation
-    evaluation: tuple[tuple[str, int], ...] = ()  # their summed tally
+    evaluation: tuple[tuple[str, int], ...] = ()  # their summed tally, by name
+    scores: tuple[tuple[str, tuple[float, ...]], ...] = ()  # each metric's values at those that have it
+    newest: tuple[tuple[str, float], ...] = ()  # the metrics of the last round that was evaluated
     best: float | None = None  # the convergence metric's best value so far
     stale: int = 0  # evaluations since then
     reason: str = ""  # why it ended, or why the last attempt was given up
@@ -206,10 +208,17 @@ class CommitModel:
 
 @dataclass(frozen=True)
 class CloseRound:
-    """The round is over: complete its record, in the same transaction as the state."""
+    """The round is over: complete its record, in the same transaction as the state.
+
+    metrics: of all examples that were scored; empty if there were none. spread: of each metric the median and the worst
+    decile over the clients. examples, clients: how many examples and clients that is.
+    """
 
     round: int
-    evaluation: tuple[tuple[str, int], ...]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    spread: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    examples: int = 0
+    clients: int = 0
 
 
 @dataclass(frozen=True)
@@ -240,8 +249,7 @@ def _turn(spec: RunSpec, run: Run, _: Event) -> Step:
 
 
 def _next_round(spec: RunSpec, run: Run) -> Step:
-    fresh = replace(run, round=run.round + 1, attempt=0, given_up=0, folded=(), evaluated=(), evaluation=(), reason="")
-    return _gather(spec, fresh)
+    return _gather(spec, replace(run, round=run.round + 1, attempt=0, given_up=0, folded=(), evaluated=(), reason=""))
 
 
 def _gather(spec: RunSpec, run: Run) -> Step:
@@ -342,7 +350,15 @@ def _evaluation(spec: RunSpec, run: Run, event: EvaluationArrived) -> Step:
     if event.client in run.evaluated:
         raise DuplicateUpdate(f"client '{event.client}' has already scored round {run.round}")
     total = add([dict(run.evaluation), dict(event.tally)])
-    state = replace(run, evaluated=(*run.evaluated, event.client), evaluation=tuple(sorted(total.items())))
+    scores = dict(run.scores)
+    for metric, value in summary(dict(event.tally)).items():
+        scores[metric] = (*scores.get(metric, ()), value)
+    state = replace(
+        run,
+        evaluated=(*run.evaluated, event.client),
+        evaluation=tuple(sorted(total.items())),
+        scores=tuple(scores.items()),
+    )
     return _evaluation_settled(spec, state)
 
 
@@ -375,8 +391,12 @@ def _evaluation_settled(spec: RunSpec, run: Run) -> Step:
 
 def _close(spec: RunSpec, run: Run) -> Step:
     """The round is over: count towards convergence, then end the run or begin the next round."""
-    record = CloseRound(run.round, run.evaluation)
-    metric = summary(dict(run.evaluation)).get(spec.convergence.metric) if spec.convergence else None
+    total, scores = dict(run.evaluation), dict(run.scores)
+    metrics = summary(total)
+    counted = max(map(len, scores.values()), default=0)
+    record = CloseRound(run.round, metrics, spread(scores), total.get("examples", 0), counted)
+    run = replace(run, evaluation=(), scores=(), newest=tuple(metrics.items()) or run.newest)
+    metric = metrics.get(spec.convergence.metric) if spec.convergence else None
     if spec.convergence and metric is not None:
         sign = 1 if spec.convergence.metric in SMALLER_IS_BETTER else -1
         better = run.best is None or sign * (run.best - metric) > spec.convergence.min_delta

@@ -80,8 +80,10 @@ class Federation(federation_pb2_grpc.FederationServicer):
         self, request: federation_pb2.ListenRequest, context: Context
     ) -> AsyncIterator[federation_pb2.Task]:
         async with refusing(context):
+            known = None
             async for task in self._coordinator.hub.listen(self._connection(context).session):
-                yield wire.task_to_wire(task)
+                yield wire.task_to_wire(task, known)
+                known = task.spec
 
     async def FetchModel(
         self, request: federation_pb2.FetchModelRequest, context: Context

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,12 @@ class Store:
     def model_path(self, run: str, version: int) -> Path:
         return self._folder / "models" / run / f"{version:06}.safetensors"
 
-    def update_path(self, run: str, round_: int, client: str) -> Path:
-        return self._folder / "updates" / run / str(round_) / f"{client}.f32"
+    def update_path(self, run: str, round_: int, client: str, digest: bytes) -> Path:
+        """Where this very update lies: another one of the same client never takes its place."""
+        return self._updates(run) / str(round_) / f"{client}.{digest.hex()[:32]}.f32"
+
+    def _updates(self, run: str) -> Path:
+        return self._folder / "updates" / run
 
     # runs
 
@@ -150,7 +154,7 @@ class Store:
                 connection.execute(_model_row(run, record.round, model))
                 connection.execute(UPDATES.delete().where(UPDATES.c.run == run))
             if record is not None:
-                _replace(connection, ROUNDS, {"run": run, "round": record.round, "record": json.dumps(asdict(record))})
+                _replace(connection, ROUNDS, {"run": run, "round": record.round, "record": json.dumps(vars(record))})
 
     def runs(self) -> list[StoredRun]:
         """Every run, oldest first."""
@@ -193,7 +197,7 @@ class Store:
         return tuple(
             one.client
             for one in stored.updates
-            if _file_digest(self.update_path(stored.run, one.round, one.client)) != one.digest
+            if _file_digest(self.update_path(stored.run, one.round, one.client, one.digest)) != one.digest
         )
 
     def history(self, run: str, after: int, last: int, limit: int) -> list[RoundRecord]:
@@ -243,8 +247,19 @@ class Store:
             for old in sorted(self.model_path(run, 0).parent.glob("*.safetensors")):
                 if int(old.stem) < version - 1:
                     old.unlink()
-            for folder in self.update_path(run, 0, "x").parents[1].glob("*"):
+            for folder in self._updates(run).glob("*"):
                 if int(folder.name) <= round_:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def clear_up(self) -> None:
+        """Remove what a killed daemon was in the middle of: half-written files, and folders of runs that were never made."""
+        with self._transaction() as connection:
+            known = set(connection.execute(sa.select(RUNS.c.run)).scalars())
+        with contextlib.suppress(OSError):
+            for left in (*self._folder.glob("tmp*.safetensors"), *self._folder.glob("models/*/.*")):
+                left.unlink()
+            for folder in (*self._folder.glob("models/*"), *self._folder.glob("updates/*")):
+                if folder.name not in known:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
@@ -288,7 +303,9 @@ def open_store(folder: Path) -> Store:
     except sqlalchemy_exc.DBAPIError as error:
         os.close(lock)
         raise _database_error(error) from error
-    return Store(folder, engine, lock)
+    store = Store(folder, engine, lock)
+    store.clear_up()
+    return store
 
 
 def _prepare_sqlite(connection: Any, _: object) -> None:
@@ -327,12 +344,15 @@ def _database_error(error: sqlalchemy_exc.DBAPIError) -> SeqfedError:
 
 def _record(text: str) -> RoundRecord:
     fields = json.loads(text)
-    return RoundRecord(**{**fields, "cohort": tuple(fields["cohort"]), "folded": tuple(fields["folded"])})
+    for name in ("cohort", "folded"):
+        fields[name] = tuple(fields[name])
+    fields["spread"] = {metric: tuple(both) for metric, both in fields["spread"].items()}
+    return RoundRecord(**fields)
 
 
 def dump_state(state: Run) -> str:
     """The durable part of a run's state, as JSON; who is present is not."""
-    fields = asdict(state)
+    fields = dict(vars(state))  # not asdict, which copies every sum of the evaluation
     del fields["present"]
     return json.dumps({**fields, "phase": state.phase.value})
 
@@ -342,6 +362,7 @@ def load_state(text: str) -> Run:
     fields = json.loads(text)
     for name in ("cohort", "folded", "evaluated"):
         fields[name] = tuple(fields[name])
-    for name in ("failed", "evaluation"):
+    for name in ("failed", "evaluation", "newest"):
         fields[name] = tuple((one, other) for one, other in fields[name])
+    fields["scores"] = tuple((metric, tuple(values)) for metric, values in fields["scores"])
     return Run(**{**fields, "phase": Phase(fields["phase"])})

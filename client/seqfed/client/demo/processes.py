@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from seqfed.common.errors import ServerUnavailable, storage_error
 
 T = TypeVar("T")
 START_S = 60.0  # a loaded machine imports slowly
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, a closed terminal
 STOP_S = 5.0  # before a process that was asked to stop is killed
 
 
@@ -35,7 +37,7 @@ class Processes:
         self._starting = True  # an interrupt between a process's birth and its entry here would leave it behind
         with (self._logs / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(  # noqa: S603 - our own interpreter and our own command
-                [sys.executable, "-m", "seqfed.common.cli", *arguments],
+                [sys.executable, "-m", "seqfed.client.demo.child", str(os.getpid()), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -120,7 +122,7 @@ def processes(logs: Path) -> Iterator[Processes]:
     except OSError as error:
         raise storage_error(error, "making the folder for the logs") from error
     found = Processes(logs)
-    before = {number: signal.signal(number, found.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, found.interrupt) for number in ENDING}
     try:
         yield found
     finally:
