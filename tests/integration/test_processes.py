@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from tests.integration.cluster import Cluster, some_sequences
@@ -38,7 +39,29 @@ def test_the_demo_trains_saves_and_tells_in_json(tmp_path: Path) -> None:
     assert "next:" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
+def test_the_demo_deals_ones_own_file(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    lines = ["pump,pressure,heat,fails"]
+    for pump in range(18):
+        heat = draw.normal(0, 1, 12)
+        lines += [f"p{pump},{draw.normal():.3f},{one:.3f},{'soon' if heat.sum() > 0 else 'no'}" for one in heat]
+    (tmp_path / "pumps.csv").write_text("\n".join(lines) + "\n")
+    data = ("--data", "pumps.csv", "--group", "pump", "--label", "fails", "--partition", "iid")
+    done = seqfed("demo", *data, "--rounds", "2", "--clients", "3", "--out", "here", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["clients"], result["rounds"]) == (3, 2)
+    assert 0 <= result["accuracy"] <= 1
+    out = tmp_path / "predictions.csv"
+    use = ("--model", "here/model.safetensors", "--data", "pumps.csv", "--group", "pump")
+    assert seqfed("predict", *use, "--out", str(out), cwd=tmp_path).returncode == 0
+    assert len(out.read_text().splitlines()) == 1 + 18
+    told = json.loads(seqfed("evaluate", *use, "--label", "fails", "--json", cwd=tmp_path).stdout)
+    assert told["sequences"] == 18
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_ends_every_process_of_the_demo(tmp_path: Path, number: signal.Signals) -> None:
     with (tmp_path / "out").open("wb") as out:
         process = subprocess.Popen(

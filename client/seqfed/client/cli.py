@@ -72,6 +72,10 @@ def client(
         settings = validate(ClientSettings, {**given, "data": data}, "flags")
     own_name = check_client_name(settings.name or socket.gethostname())
     addresses.require_private(addresses.parse(settings.server)[0], settings.insecure)
+    if settings.device == "cuda":  # now, not at the first task
+        from seqfed.client.network import device_of
+
+        device_of("cuda")
     set_up()
     workshop = Workshop(
         own_name,

@@ -82,7 +82,7 @@ def check(
         console.print(_labels_table(found))
     console.print(f"a {spec.task.kind} run would see:", highlight=False)
     for name, value in _seen(spec, seen).items():
-        console.print(f"  {name}: {value}", highlight=False, markup=False)
+        console.print(f"  {name}: {_told(value)}", highlight=False, markup=False)
 
 
 def schema(
@@ -190,10 +190,11 @@ def split(
             progress=lambda what, share: bar.update(task, description=what, completed=share),
         )
     if as_json:
-        typer.echo(json.dumps([{"file": str(one.file), "rows": one.rows, "entities": one.entities} for one in shards]))
+        typer.echo(json.dumps([{**vars(one), "file": str(one.file)} for one in shards]))
         return
     for one in shards:
-        typer.echo(f"{one.file}: {one.rows} rows" + (f" of {one.entities} entities" if group else ""))
+        whose = f" ({by}: {', '.join(one.values[:5])}{', ...' if len(one.values) > 5 else ''})" if by else ""
+        typer.echo(f"{one.file}: {one.rows} rows" + (f" of {one.entities} entities" if group else "") + whose)
 
 
 QUANTILES = ("smallest", "lower quartile", "median", "upper quartile", "95 %", "largest")
@@ -216,12 +217,18 @@ def _opened(data: DataTable, files: list[str] | None) -> tuple[DataSettings, Sou
 def tables_of(source: Source, settings: DataSettings, task: str | None, **given: Any) -> dict[str, Any]:
     from seqfed.client.data.describe import data_section, describe, task_of
     from seqfed.common.config import validate
+    from seqfed.common.errors import ConfigError
     from seqfed.common.spec import RunSpec
 
     kind = task or task_of(describe(source, settings), settings)
     section = data_section(source, settings, task=cast("Literal['classification']", kind), **given)
-    if kind in {"forecast", "anomaly"} and "stride" not in section:
-        section["stride"] = section.get("steps", 1)
+    if kind in {"forecast", "anomaly"}:
+        if "steps" not in section:
+            unlabelled = (
+                "" if task else "no label is named, so this would be a forecast; name one (--label; y in an NPZ), or "
+            )
+            raise ConfigError(f"{settings.file[0]}: {unlabelled}say of how many steps a {kind} is made: --steps N")
+        section.setdefault("stride", section["steps"])
     tables = {"data": section, **({} if kind == "classification" else {"task": {"kind": kind}})}
     validate(RunSpec, tables, "these data")
     return tables
@@ -251,6 +258,13 @@ def _seen(spec: RunSpec, found: ClientData) -> dict[str, Any]:
     if found.refused is not None:
         told["refused"] = found.refused
     return told
+
+
+def _told(value: Any) -> str:
+    """Counts of classes in each part as people read them; everything else as it is."""
+    if not isinstance(value, dict):
+        return str(value)
+    return "; ".join(f"{part} " + ", ".join(f"{one}: {n:,}" for one, n in of.items()) for part, of in value.items())
 
 
 def _count(spec: RunSpec, data: Sequences) -> dict[str, int]:

@@ -29,7 +29,10 @@ def read_model(path: Path) -> Model:
 
     Raises CheckpointError for a file that carries no specification, another one than its digest says, or other tensors.
     """
-    metadata = checkpoint.read_metadata(path)
+    try:
+        metadata = checkpoint.read_metadata(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; use the one that `seqfed export --format safetensors` writes") from error
     text = metadata.get("spec")
     if text is None:
         raise CheckpointError(

@@ -98,11 +98,12 @@ class Keys:
 
 @dataclass(frozen=True)
 class Shard:
-    """One client's file; `entities` is its number of rows if no group was named."""
+    """One client's file; `entities` is its number of rows if no group was named, `values` what it got of the column `by`."""
 
     file: Path
     rows: int
     entities: int
+    values: tuple[str, ...] = ()
 
 
 # Who gets what -------------------------------------------------------------------------------------------------------
@@ -221,10 +222,13 @@ def write_shards(
     except OSError as error:
         raise DataError(f"{error.filename or file}: {error.strerror or error}") from error
     entities = np.arange(rows) if plan.group is None else keys[plan.group].codes
-    return [
-        Shard(out / name, int((owner == client).sum()), len(np.unique(entities[owner == client])))
-        for client, name in enumerate(names)
-    ]
+    shards = []
+    for client, name in enumerate(names):
+        own = owner == client
+        by = keys[plan.by] if plan.by is not None else None
+        values = tuple(by.values[int(code)] for code in np.unique(by.codes[own])) if by is not None else ()
+        shards.append(Shard(out / name, int(own.sum()), len(np.unique(entities[own])), values))
+    return shards
 
 
 @dataclass(frozen=True)

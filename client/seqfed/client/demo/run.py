@@ -80,11 +80,13 @@ def run(settings: Settings, *, as_json: bool) -> None:
             soft_wrap=True,
             markup=False,
         )
+        held_out = Sequences.joined([one.data.validation for one in sites])
+        if not len(held_out):
+            raise ConfigError("no client holds enough to hold any of it out; take fewer --clients, or more data")
         try:
             view = federate(settings, spec, sites, work, console)
             if view.phase != "finished":
                 raise TrainingFailed(f"the run {view.phase}: {view.reason}; the logs are in {settings.out / 'logs'}")
-            held_out = Sequences.joined([one.data.validation for one in sites])
             parameters = checkpoint.load(settings.out / "model.safetensors", layout_of(spec))
             federated = score(spec, parameters, held_out)[metric]
             told = view.history[-1].evaluation[metric]
@@ -161,9 +163,13 @@ def _digits(settings: Settings, work: Path) -> tuple[RunSpec, list[Site]]:
 def _own_files(settings: Settings, work: Path) -> tuple[RunSpec, list[Site]]:
     """One's own data: several files are a client each; one file is dealt as `seqfed data split` does it."""
     found = settings_of(settings.data)
-    spec = run_for(open_source(found), found, settings.task, grid=settings.grid)
+    source = open_source(found)
+    spec = run_for(source, found, settings.task, grid=settings.grid)
     files = [str(one) for one in found.file]
+    tables: list[DataTable] = [{**settings.data, "file": file} for file in files]
     if len(files) == 1:
+        if source.schema.tokens and found.text is None:
+            raise ConfigError(f"{files[0]}: one text is not dealt among clients; give several files, one a client")
         dirichlet = settings.partition == "dirichlet" and spec.task.kind == "classification" and len(found.label) == 1
         plan = Plan(
             How.DIRICHLET if dirichlet and found.label_file is None else How.IID,
@@ -183,9 +189,13 @@ def _own_files(settings: Settings, work: Path) -> tuple[RunSpec, list[Site]]:
             encoding=found.encoding,
             names=list(found.names) if found.names else None,
         )
-        files = [str(one.file) for one in shards]
-    spec = _complete(settings, spec, len(files))
-    tables = [{**settings.data, "file": file} for file in files]
+        # A share of a few entities may be less than one, and without any there would be nothing to compare on.
+        shares = [max(HELD_OUT, 1 / one.entities + 1e-9) if one.entities > 1 else 0.0 for one in shards]
+        tables = [
+            {**settings.data, "file": str(one.file), "validation_fraction": share}
+            for one, share in zip(shards, shares, strict=True)
+        ]
+    spec = _complete(settings, spec, len(tables))
     return spec, [_site(f"client-{number}", table, spec, work) for number, table in enumerate(tables, 1)]
 
 

@@ -1,0 +1,97 @@
+"""`seqfed data check`, `schema` and `split`, as a person types them."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from seqfed.client.data_cli import data
+from seqfed.common.errors import ConfigError, SchemaMismatch
+from seqfed.common.spec import RunSpec
+
+
+def run(*arguments: object) -> str:
+    done = CliRunner().invoke(data, [str(one) for one in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture
+def stays(tmp_path: Path) -> Path:
+    """Six stays of four hours each; the label is a text, a third of the pulses is missing."""
+    lines = ["stay,hour,pulse,ward,died"]
+    for stay in range(6):
+        for hour in range(4):
+            pulse = "" if (stay + hour) % 3 == 0 else 60 + stay + hour
+            lines.append(f"s{stay},{hour},{pulse},{'icu' if stay % 2 else 'ccu'},{'yes' if stay in {1, 4} else 'no'}")
+    path = tmp_path / "stays.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+OF_STAYS = ("--group", "stay", "--time", "hour", "--label", "died")
+
+
+def test_schema_writes_tables_that_a_run_takes(stays: Path, tmp_path: Path) -> None:
+    tables = tomllib.loads(run("schema", stays, *OF_STAYS))
+    spec = RunSpec.model_validate(tables)
+    assert spec.data.columns == ("pulse",)
+    assert spec.data.categories == {"ward": ("ccu", "icu")}
+    assert (spec.data.labels, spec.data.missing, spec.task.kind) == (("no", "yes"), "mask", "classification")
+    out = tmp_path / "run.toml"
+    assert not run("schema", stays, *OF_STAYS, "--out", out)
+    assert tomllib.loads(out.read_text()) == tables
+    with pytest.raises(ConfigError, match="exists already"):
+        run("schema", stays, *OF_STAYS, "--out", out)
+
+
+def test_check_shows_the_file_and_what_a_run_sees(stays: Path, tmp_path: Path) -> None:
+    told = json.loads(run("check", stays, *OF_STAYS, "--validation-fraction", "0.34", "--json"))
+    assert (told["rows"], told["entities"]) == (24, 6)
+    (pulse,) = (one for one in told["columns"] if one["name"] == "pulse")
+    assert (pulse["count"], pulse["missing"], pulse["low"], pulse["high"]) == (16, 8, 61, 68)
+    assert told["labels"][0]["values"] == {"no": 16, "yes": 8}
+    seen = told["run"]
+    assert (seen["training sequences"], seen["validation sequences"], seen["steps"]) == (4, 2, "4 to 4")
+    assert sum(seen["classes"]["training"].values()) == 4
+    text = run("check", stays, *OF_STAYS)
+    assert "24 rows, 6 entities" in text
+    assert "a classification run would see:" in text
+    other = tmp_path / "run.toml"
+    other.write_text("[data]\ncolumns = ['weight']\nclasses = 2\n")
+    with pytest.raises(SchemaMismatch, match="has no number column 'weight'"):
+        run("check", stays, *OF_STAYS, "--run", other)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "which data"),
+        (("a.csv", "--data", "b.csv"), "named twice"),
+    ],
+)
+def test_a_call_that_cannot_be_meant_is_refused(flags: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run("check", *flags)
+
+
+def test_data_without_label_ask_for_one(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((4, 3, 2)))
+    with pytest.raises(ConfigError, match=r"a\.npz: no label is named.*--steps N"):
+        run("check", tmp_path / "a.npz")
+    assert "a forecast run would see" in run("check", tmp_path / "a.npz", "--steps", 2)
+
+
+def test_split_says_which_value_went_where(stays: Path, tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = json.loads(
+        run("split", stays, "--by", "ward", "--group", "stay", "--out", tmp_path / "shards", "--json")
+    )
+    assert [(one["rows"], one["entities"], one["values"]) for one in told] == [(12, 3, ["ccu"]), (12, 3, ["icu"])]
+    with pytest.raises(ConfigError, match="use one of iid"):
+        run("split", stays, "--clients", 2, "--how", "fairly")
