@@ -67,7 +67,7 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
-    made = Desk(tmp_path / "updates", Intake(8))
+    made = Desk(tmp_path / "updates", Intake(8, 60.0))
     yield made
     made.intake.forget(RUN)  # closes what is incomplete
 
@@ -264,7 +264,7 @@ async def test_forgetting_a_run_ends_its_uploads(desk: Desk) -> None:
 
 
 async def test_uploads_in_flight_are_bounded(desk: Desk) -> None:
-    desk.intake = Intake(2)
+    desk.intake = Intake(2, 60.0)
     gates = {name: asyncio.Event() for name in "abcd"}
     begun: list[str] = []
 
@@ -283,6 +283,24 @@ async def test_uploads_in_flight_are_bounded(desk: Desk) -> None:
         await soon(uploads[finished])
         assert desk.final(finished).read_bytes() == DATA
     assert sorted(begun) == list("abcd")
+
+
+async def test_a_stalled_upload_makes_room_and_can_go_on(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, Intake(1, 0.05))
+
+    async def stalling() -> AsyncIterator[tuple[int, bytes]]:
+        yield chunks(DATA)[0]
+        await asyncio.Event().wait()
+
+    stalled = asyncio.create_task(desk.take(header(), stalling()))
+    await turns_until(lambda: bool(desk.metered))
+    other = asyncio.create_task(desk.take(header(OTHER), feed(*chunks(OTHER)), "b"))
+    with pytest.raises(BrokenTransfer, match=r"nothing came for 0\.05 s"):
+        await soon(stalled)
+    await soon(other)
+    assert desk.received() == CHUNK_BYTES
+    await desk.take(header(offset=CHUNK_BYTES), feed(*chunks(DATA, CHUNK_BYTES)))
+    assert desk.final().read_bytes() == DATA
 
 
 async def test_an_update_cut_off_after_its_last_byte_is_found_whole(desk: Desk) -> None:

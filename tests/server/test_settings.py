@@ -41,7 +41,7 @@ def test_a_file_may_say_everything_and_flags_win(tmp_path: Path) -> None:
     path = tmp_path / "server.toml"
     path.write_text(
         'host = "localhost"\nport = 1\nstate = "state"\ninsecure = true\nuploads_in_flight = 2\nmax_clients = 3\n'
-        "max_model_bytes = 4\n"
+        "upload_stall_s = 5.5\nmax_model_bytes = 4\n"
     )
     settings = load_toml(ServerSettings, path, {"port": 5, "host": None})
     assert settings == ServerSettings(
@@ -50,6 +50,7 @@ def test_a_file_may_say_everything_and_flags_win(tmp_path: Path) -> None:
         state=Path("state"),
         insecure=True,
         uploads_in_flight=2,
+        upload_stall_s=5.5,
         max_clients=3,
         max_model_bytes=4,
     )

@@ -103,7 +103,7 @@ class Coordinator:
         self._store = store
         self._settings = settings
         self.hub = Hub(settings.max_clients, self._client_changed)
-        self.intake = Intake(settings.uploads_in_flight)
+        self.intake = Intake(settings.uploads_in_flight, settings.upload_stall_s)
         self._runs: dict[str, Live] = {}
         self._items: deque[_Item] = deque()
         self._wake = asyncio.Event()

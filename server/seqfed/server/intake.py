@@ -95,10 +95,14 @@ class Part:
 
 
 class Intake:
-    """The incomplete updates of all clients, at most `in_flight` of them moving at the same time."""
+    """The incomplete updates of all clients, at most `in_flight` of them moving at the same time.
 
-    def __init__(self, in_flight: int) -> None:
+    One from which nothing comes for `stall_s` seconds is broken off, as by a lost connection: it keeps others waiting.
+    """
+
+    def __init__(self, in_flight: int, stall_s: float) -> None:
         self._moving = asyncio.Semaphore(in_flight)
+        self._stall_s = stall_s
         self._parts: dict[tuple[str, str], Part] = {}  # by (run, client): a client works on one update at a time
 
     def received(self, client: str, run: str, digest: bytes) -> int:
@@ -130,7 +134,7 @@ class Intake:
                 try:
                     if not part.done:  # it is if an earlier call was cut off between the last byte and its answer
                         part.expect(header.offset)
-                        async for offset, data in chunks:
+                        async for offset, data in _moving(chunks, self._stall_s):
                             meter(len(data))
                             part.take(offset, data, weight, cohort, final)
                     if not part.done:
@@ -166,6 +170,21 @@ class Intake:
         """Drop what is incomplete of this run: its round is over."""
         for place in [place for place in self._parts if place[0] == run]:
             self._parts.pop(place).drop()
+
+
+async def _moving(chunks: AsyncIterator[tuple[int, bytes]], stall_s: float) -> AsyncIterator[tuple[int, bytes]]:
+    """The chunks; raises BrokenTransfer when none comes for so many seconds."""
+    while True:
+        try:
+            async with asyncio.timeout(stall_s):
+                chunk = await anext(chunks)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise BrokenTransfer(
+                f"nothing came for {stall_s:g} s; go on with the upload when the line carries it"
+            ) from None
+        yield chunk
 
 
 def check_header(header: UpdateHeader, layout: Layout, cohort: int) -> None:

@@ -24,5 +24,11 @@ class ServerSettings(Settings):
     uploads_in_flight: int = Field(
         default=8, ge=1, le=1024, description="updates received at the same time; others wait"
     )
+    upload_stall_s: float = Field(
+        default=60.0,
+        gt=0,
+        le=86_400,
+        description="seconds without a chunk (512 KiB) after which an upload must make room; it can go on later",
+    )
     max_clients: int = Field(default=10_000, ge=1, description="connected at the same time")
     max_model_bytes: int = Field(default=64 << 30, ge=4, description="of a run's model")
