@@ -95,3 +95,31 @@ def test_split_says_which_value_went_where(stays: Path, tmp_path: Path) -> None:
     assert [(one["rows"], one["entities"], one["values"]) for one in told] == [(12, 3, ["ccu"]), (12, 3, ["icu"])]
     with pytest.raises(ConfigError, match="use one of iid"):
         run("split", stays, "--clients", 2, "--how", "fairly")
+
+
+def test_a_mean_far_from_0_keeps_its_digits(tmp_path: Path) -> None:
+    lines = ["a,b,y"] + [f"{1_700_123_456 + 7 * k},{101_325.4 + (k % 5) / 10},{k % 2}" for k in range(40)]
+    (tmp_path / "far.csv").write_text("\n".join(lines) + "\n")
+    section = tomllib.loads(run("schema", tmp_path / "far.csv", "--label", "y"))["data"]
+    for place, column in enumerate(
+        zip(*((float(one) for one in line.split(",")[:2]) for line in lines[1:]), strict=True)
+    ):
+        exact = np.float32(column).astype(np.float64) if place == 0 else np.array(column)
+        assert abs(section["mean"][place] - exact.mean()) < 0.1 * section["scale"][place]
+    assert "float32 tells few of its values apart" in "".join(
+        run("check", tmp_path / "far.csv", "--label", "y", "--json")
+    )
+
+
+def test_a_forecasts_horizon_is_the_tasks(stays: Path) -> None:
+    flags = (stays, "--group", "stay", "--columns", "pulse", "--task", "forecast", "--window", 2, "--horizon", 2)
+    tables = tomllib.loads(run("schema", *flags))
+    assert tables["task"] == {"kind": "forecast", "horizon": 2}
+    assert json.loads(run("check", *flags, "--json"))["run"]["outputs"] == 2
+
+
+def test_check_shows_the_columns_before_it_asks_for_more(stays: Path) -> None:
+    done = CliRunner().invoke(data, ["check", str(stays), "--group", "stay"])
+    assert isinstance(done.exception, ConfigError)
+    assert "24 rows, 6 entities" in done.output
+    assert "pulse" in done.output

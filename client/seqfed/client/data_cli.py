@@ -10,6 +10,7 @@ import typer
 from seqfed.client.data_flags import DataTable, settings_of, with_data_flags
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from seqfed.client.data import ClientData, Sequences, Source
@@ -58,6 +59,9 @@ def check(
 
     settings, source = _opened(data, files)
     found = describe(source, settings)
+    console = Console(soft_wrap=True)
+    if not as_json:  # first: whoever named too little for a run sees what there is to name
+        _show(console, found)
     spec = (
         load_toml(RunSpec, run)
         if run is not None
@@ -72,14 +76,6 @@ def check(
     if as_json:
         typer.echo(json.dumps({**asdict(found), "task": spec.task.kind, "run": _seen(spec, seen)}))
         return
-    console = Console(soft_wrap=True)
-    console.print(f"{found.source}: {found.rows:,} rows, {found.entities:,} entities", highlight=False, markup=False)
-    quantiles = ", ".join(f"{name} {value:,}" for name, value in zip(QUANTILES, found.lengths, strict=True))
-    console.print(f"lengths: {quantiles}", highlight=False)
-    if found.columns:
-        console.print(_columns_table(found))
-    if found.labels:
-        console.print(_labels_table(found))
     console.print(f"a {spec.task.kind} run would see:", highlight=False)
     for name, value in _seen(spec, seen).items():
         console.print(f"  {name}: {_told(value)}", highlight=False, markup=False)
@@ -229,7 +225,12 @@ def tables_of(source: Source, settings: DataSettings, task: str | None, **given:
             )
             raise ConfigError(f"{settings.file[0]}: {unlabelled}say of how many steps a {kind} is made: --steps N")
         section.setdefault("stride", section["steps"])
-    tables = {"data": section, **({} if kind == "classification" else {"task": {"kind": kind}})}
+    about: dict[str, Any] = {"kind": kind}
+    if (ahead := section.get("horizon")) and kind == "forecast":
+        about["horizon"] = ahead
+    if kind in {"forecast", "anomaly", "next_token"}:
+        section.pop("horizon", None)
+    tables = {"data": section, **({} if kind == "classification" else {"task": about})}
     validate(RunSpec, tables, "these data")
     return tables
 
@@ -275,6 +276,16 @@ def _count(spec: RunSpec, data: Sequences) -> dict[str, int]:
         np.bincount(data.y, minlength=len(names)) if data.y is not None and len(data) else np.zeros(len(names), int)
     )
     return {name: int(count) for name, count in zip(names, counts, strict=True) if count}
+
+
+def _show(console: Console, found: Description) -> None:
+    console.print(f"{found.source}: {found.rows:,} rows, {found.entities:,} entities", highlight=False, markup=False)
+    quantiles = ", ".join(f"{name} {value:,}" for name, value in zip(QUANTILES, found.lengths, strict=True))
+    console.print(f"lengths: {quantiles}", highlight=False)
+    if found.columns:
+        console.print(_columns_table(found))
+    if found.labels:
+        console.print(_labels_table(found))
 
 
 def _columns_table(found: Description) -> Table:

@@ -317,6 +317,9 @@ class RunSpec(Settings):
             raise ValueError(
                 f"a {kind} task needs windows of numbers: data.columns or features, data.steps, data.stride"
             )
+        if kind in {"forecast", "anomaly", "next_token"} and data.horizon:
+            ahead = "task.horizon" if kind == "forecast" else "no horizon"
+            raise ValueError(f"data.horizon is of labels, and a {kind} task has none; use {ahead}")
         if kind == "next_token" and (data.vocabulary is None or data.steps is None):
             raise ValueError("a next_token task needs data.vocabulary and data.steps")
         if kind == "next_token" and (self.model.bidirectional or self.model.pooling != "last"):

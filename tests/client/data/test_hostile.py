@@ -315,3 +315,13 @@ def test_a_bomb_is_refused_within_little_memory(tmp_path: Path, case: str) -> No
     assert str(path) in said
     assert int(megabytes) < 80
     assert struct.calcsize("P") == 8  # such a file's length passes 32 bits
+
+
+def test_no_file_is_both_trained_on_and_scored_on(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("a,y\n1,0\n2,1\n")
+    other = tmp_path / "link.csv"
+    other.symlink_to(path)
+    for validation in (path, other):
+        with pytest.raises(DataError, match="is among the files to train on and those to score on"):
+            open_source(DataSettings(file=(str(path),), validation=(str(validation),), label=("y",)))

@@ -6,6 +6,7 @@ publishes them decides that they may be.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -213,11 +214,13 @@ def _number_section(source: Source, settings: DataSettings, found: Description, 
     used = [summaries[name] for name in inputs if summaries[name].kind == "number" and summaries[name].count]
     texts = [one for one in found.columns if one.kind == "text" and one.categories and one.name not in inputs]
     if not used:
-        raise DataError(f"{found.source}: has no column of numbers to put in; is it the right file?")
+        raise DataError(
+            f"{found.source}: has no column of numbers to put in; is it the right file? (--text: a column of texts)"
+        )
     section: dict[str, Any] = (
         {"features": len(used)} if frame.is_array else {"columns": tuple(one.name for one in used)}
     )
-    section["mean"] = tuple(_rounded(one.mean or 0.0) for one in used)
+    section["mean"] = tuple(_rounded(one.mean or 0.0, one.scale) for one in used)
     section["scale"] = tuple(_rounded(one.scale or 1.0) or 1.0 for one in used)
     if texts:
         section["categories"] = {one.name: tuple(sorted(one.categories)) for one in texts}
@@ -248,13 +251,16 @@ def _label_section(found: Description, settings: DataSettings, task: Task) -> di
         return {"labels": tuple(str(one) for one in numbers) if numbers else tuple(sorted(values))}
     section: dict[str, Any] = {"targets": len(found.labels)}
     if task == "regression":
-        section["target_mean"] = tuple(_rounded(one.mean or 0.0) for one in found.labels)
+        section["target_mean"] = tuple(_rounded(one.mean or 0.0, one.scale) for one in found.labels)
         section["target_scale"] = tuple(_rounded(one.scale or 1.0) or 1.0 for one in found.labels)
     return section
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
+def _rounded(value: float, scale: float | None = None) -> float:
+    """To six digits; a mean to a thousandth of its scale, however far from 0 it lies."""
+    if not scale:
+        return float(f"{value:.6g}")
+    return round(value, 3 - math.floor(math.log10(scale)))
 
 
 # Summaries ------------------------------------------------------------------------------------------------------------
@@ -324,6 +330,9 @@ def _numbers(name: str, blocks: Any, note: str) -> ColumnSummary:
         return ColumnSummary(name, "number", 0, missing, note=note)
     mean = total / count
     scale = max(0.0, squares / count - mean * mean) ** 0.5
+    # Columns are kept as float32, whose neighbours are this far apart at the largest number.
+    if not note and scale > 0 and float(np.spacing(np.float32(max(abs(low), abs(high))))) > scale / 100:
+        note = "so far from 0 that float32 tells few of its values apart; subtract a constant in the file"
     return ColumnSummary(name, "number", count, missing, low, high, shift + mean, scale, note=note)
 
 

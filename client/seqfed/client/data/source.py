@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +24,8 @@ from seqfed.client.settings import DataSettings
 from seqfed.common.errors import DataError
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
+
+log = logging.getLogger("seqfed.client")
 
 
 class Source(Protocol):
@@ -64,6 +67,7 @@ def open_source(settings: DataSettings) -> Source:
     """Read the files that the settings name; raises DataError."""
     if len(settings.file) == 1 and ":" in settings.file[0] and not Path(settings.file[0]).exists():
         return _of_function(settings)
+    _check_apart(settings)
     training = _read(settings.file, settings)
     validation = _read(settings.validation, settings) if settings.validation is not None else None
     if isinstance(training, Material):
@@ -71,10 +75,26 @@ def open_source(settings: DataSettings) -> Source:
             raise DataError(
                 f"{validation.source} has tokens, {training.frame.source} has numbers; give files of one kind"
             )
+        if validation is not None and settings.group is not None:
+            both = set(training.frame.entities) & set(validation.frame.entities)
+            if both:
+                log.warning(
+                    "%d of %d entities of %s are in %s too, such as '%s'; if they are the same, the scores flatter",
+                    *(len(both), len(validation.frame.entities), validation.frame.source, training.frame.source),
+                    min(both),
+                )
         return Numbers(settings, training, validation)
     if isinstance(validation, Material):
         raise DataError(f"{validation.frame.source} has numbers, {training.source} has tokens; give files of one kind")
     return Tokens(settings, training, validation)
+
+
+def _check_apart(settings: DataSettings) -> None:
+    """Raise DataError if a file is to be trained on and to be scored on."""
+    of_training = {path.resolve() for path in files_of(settings.file)}
+    for path in files_of(settings.validation) if settings.validation is not None else ():
+        if path.resolve() in of_training:
+            raise DataError(f"{path}: is among the files to train on and those to score on; keep it in one of them")
 
 
 def _of_function(settings: DataSettings) -> Source:

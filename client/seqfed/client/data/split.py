@@ -462,6 +462,10 @@ def _kind(
     file: Path, delimiter: str | None, quotes: bool | None, encoding: str, names: Sequence[str] | None
 ) -> tuple[str, _Csv | _Parquet | _Npz]:
     name = file.name.lower()
+    if name.endswith((".txt", ".txt.gz")) and delimiter is None and names is None:
+        raise ConfigError(
+            f"{file}: a text has no rows to deal out; if it is a table, say what separates its columns: --delimiter"
+        )
     for suffix in (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz"):
         if name.endswith(suffix):
             between = "," if delimiter is None else DELIMITERS.get(delimiter, delimiter)
