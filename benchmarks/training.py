@@ -89,7 +89,7 @@ def cases() -> list[Case]:
     )
     windows = Sequences(text, starts, np.full(len(starts), 80), target="next token")
     return [
-        Case("lstm 2x64", seed, Sequences.of(x, y), 24),
+        Case("lstm 2x64", seed, Sequences.of(x, y), 60),
         Case("char-lstm 2x256", characters, windows, 16),
     ]
 

@@ -169,7 +169,9 @@ def _backward(network: Network, batch: Batch, loss_of: Loss, spec: RunSpec) -> T
 
 def _read(unread: list[tuple[int, Tensor]], tally: dict[str, int], rate: float) -> None:
     """Move these batches' losses into the tally; raises TrainingFailed at the first that is not finite."""
-    for (count, _), value in zip(unread, torch.stack([loss for _, loss in unread]).tolist(), strict=True):
+    losses = [loss for _, loss in unread]
+    values = [losses[0].item()] if len(losses) == 1 else torch.stack(losses).tolist()
+    for (count, _), value in zip(unread, values, strict=True):
         if not math.isfinite(value):
             raise TrainingFailed(
                 f"the loss became {value} after {tally['examples']:,} examples; lower the learning rate ({rate:g})"
