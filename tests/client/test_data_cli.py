@@ -88,6 +88,12 @@ def test_data_without_label_ask_for_one(tmp_path: Path) -> None:
     assert "a forecast run would see" in run("check", tmp_path / "a.npz", "--steps", 2)
 
 
+@pytest.mark.parametrize("flags", [("--missing", "drop"), ("--task", "guess")])
+def test_a_value_that_is_none_of_the_choices_is_refused_in_words(stays: Path, flags: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"these data: .*'{flags[1]}': Input should be"):
+        run("schema", stays, *OF_STAYS, *flags)
+
+
 def test_split_says_which_value_went_where(stays: Path, tmp_path: Path) -> None:
     told: list[dict[str, Any]] = json.loads(
         run("split", stays, "--by", "ward", "--group", "stay", "--out", tmp_path / "shards", "--json")

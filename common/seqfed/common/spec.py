@@ -180,7 +180,7 @@ class ModelSpec(Settings):
             raise ValueError(f"model.nonlinearity belongs to kind = 'rnn', not to '{self.kind}'")
         if self.projection is not None and (self.kind != "lstm" or self.projection >= self.hidden):
             raise ValueError("model.projection belongs to kind = 'lstm', and must be smaller than hidden")
-        if (self.custom is None) != (self.tensors is None) and self.custom is None:
+        if self.tensors is not None and self.custom is None:
             raise ValueError("model.tensors belong to a custom model")
         return self
 

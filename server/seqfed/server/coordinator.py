@@ -49,9 +49,8 @@ from seqfed.server.store import KnownClient, Store, StoredRun, UpdateRow
 log = logging.getLogger("seqfed.server")
 
 STORE_AGAIN_S = 5.0  # before an event is tried again that the store could not take
-HISTORY_NAMES = (
-    8_000  # clients named in one message to a watcher, each twice: 1 MB at 64 letters a name; gRPC stops at 4
-)
+# Clients named in one message to a watcher, each twice: 1 MB at 64 letters a name; gRPC stops at 4.
+HISTORY_NAMES = 8_000
 
 
 @dataclass(eq=False)

@@ -134,7 +134,7 @@ class Intake:
                 try:
                     if not part.done:  # it is if an earlier call was cut off between the last byte and its answer
                         part.expect(header.offset)
-                        async for offset, data in _moving(chunks, self._stall_s):
+                        async for offset, data in _unstalled(chunks, self._stall_s):
                             meter(len(data))
                             part.take(offset, data, weight, cohort, final)
                     if not part.done:
@@ -172,7 +172,7 @@ class Intake:
             self._parts.pop(place).drop()
 
 
-async def _moving(chunks: AsyncIterator[tuple[int, bytes]], stall_s: float) -> AsyncIterator[tuple[int, bytes]]:
+async def _unstalled(chunks: AsyncIterator[tuple[int, bytes]], stall_s: float) -> AsyncIterator[tuple[int, bytes]]:
     """The chunks; raises BrokenTransfer when none comes for so many seconds."""
     while True:
         try:

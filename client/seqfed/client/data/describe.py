@@ -22,7 +22,6 @@ from seqfed.client.data.source import Made, Source
 from seqfed.client.data.text import Texts, Tokens
 from seqfed.client.settings import DataSettings
 from seqfed.common.errors import DataError
-from seqfed.common.spec import DataSpec
 
 MOST_CATEGORIES: Final = 1000  # values told of a text column, and classes told of a label
 FEW: Final = 20  # different whole numbers of a label that are still taken for classes
@@ -155,7 +154,8 @@ def data_section(
     tokens: int | None = None,
     least: int = 1,
 ) -> dict[str, Any]:
-    """The [data] table of a run for these data; what is None is left out or guessed. Valid as a DataSpec.
+    """The [data] table of a run for these data; what is None is left out or guessed. Whoever makes a run of it
+    validates it.
 
     task: what the run is for; left out, `task_of` guesses. tokens: size of the vocabulary at most; least: how often a token
     must be there to be in it. Raises DataError if the data have no input, or not the labels of the task.
@@ -189,9 +189,7 @@ def data_section(
         for key, value in (("steps", given_steps), ("stride", given_stride), ("horizon", given_horizon))
         if value
     }
-    section |= _label_section(found, settings, task)
-    DataSpec.model_validate(section)
-    return section
+    return section | _label_section(found, settings, task)
 
 
 def task_of(found: Description, settings: DataSettings) -> Task:

@@ -165,6 +165,7 @@ def _own_files(settings: Settings, work: Path) -> tuple[RunSpec, list[Site]]:
     found = settings_of(settings.data)
     source = open_source(found)
     spec = run_for(source, found, settings.task, grid=settings.grid)
+    source.prepare(spec)  # what does not fit is named by its place in this file, not in a client's part of it
     files = [str(one) for one in found.file]
     tables: list[DataTable] = [{**settings.data, "file": file} for file in files]
     if len(files) == 1:
