@@ -57,8 +57,8 @@ async def test_the_command_has_every_finished_round(tmp_path: Path, capsys: pyte
         assert view.history[0].spread["loss"] == pytest.approx((2.0, 3.6))
         assert view.history[0].spread["auroc"] == pytest.approx((0.5, 0.1))  # of 1, 1/2 and 0
 
-        def ask(*flags: str) -> str:
-            metrics(run[:6], server=daemon.address, **dict(zip(flags[::2], flags[1::2], strict=True)))  # type: ignore[arg-type]
+        def ask() -> str:
+            metrics(run[:6], server=daemon.address)
             return capsys.readouterr().out
 
         table = list(csv.DictReader(io.StringIO(await asyncio.to_thread(ask))))

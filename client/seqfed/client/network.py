@@ -29,6 +29,8 @@ def device_of(wanted: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda', but torch sees no GPU here; set device = 'auto' or 'cpu'")
+    if wanted not in {"cpu", "cuda"}:
+        raise ConfigError(f"device = '{wanted}' is not known; use auto, cpu or cuda")
     return torch.device(wanted)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -45,10 +45,10 @@ def arrays(size: int = 10, steps: int = 4, features: int = 2) -> dict[str, NDArr
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_the_arrays_come_as_they_are(tmp_path: Path, packed: bool, mapped: bool, order: str) -> None:
+def test_the_arrays_come_as_they_are(tmp_path: Path, packed: bool, mapped: bool, order: Literal["C", "F"]) -> None:
     given = arrays(50)
-    stored = {**given, "x": np.asarray(given["x"], order=order)}  # type: ignore[call-overload]
-    (np.savez_compressed if packed else np.savez)(tmp_path / "a.npz", **stored)
+    stored = {**given, "x": np.asarray(given["x"], order=order)}
+    (np.savez_compressed if packed else np.savez)(tmp_path / "a.npz", **stored)  # type: ignore[arg-type] # a dictionary of arrays is no flag
     made = read(tmp_path / "a.npz", {"features": 2, "classes": 3}, {"memory_mib": 0.0 if mapped else 1.0}).training
     batch = whole(made)
     assert isinstance(made.rows, np.memmap) == mapped
