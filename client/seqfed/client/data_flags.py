@@ -10,7 +10,6 @@ import csv
 import functools
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
@@ -66,7 +65,7 @@ FLAGS: Final[dict[str, Any]] = {
     ),
     "unpacked_gib": _flag(float | None, "--unpacked-gib", "GiB that compressed files may unfold to [16]."),
     "memory_mib": _flag(float | None, "--memory-mib", "MiB up to which an array stays in memory, not in a file [64]."),
-    "cache": _flag(Path | None, "--cache", "Folder for those files [the system's for temporary files]."),
+    "cache": _flag(str | None, "--cache", "Folder for those files [the system's for temporary files]."),
 }
 # Of those who train; a model is used and scored on everything in the file.
 SPLITTING: Final[dict[str, Any]] = {

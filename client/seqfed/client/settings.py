@@ -170,6 +170,8 @@ class DataSettings(Settings):
                 raise ValueError(f"{key} has {next(one for one in given if given.count(one) > 1)!r} twice")
         if both := set(self.columns or ()) & set(self.label):
             raise ValueError(f"columns must name the inputs, and not the label '{min(both)}'")
+        if self.text is not None and self.text in self.label:
+            raise ValueError(f"text must name the input, and not the label '{self.text}'")
         of_npz = [one for one in (*self.file, *(self.validation or ())) if one.endswith(".npz")]
         if of_npz and self.of_tables:
             raise ValueError(

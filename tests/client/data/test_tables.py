@@ -609,3 +609,10 @@ def test_features_larger_than_memory(tmp_path: Path) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, env=counted)
     assert ran.stdout.split(" ", 2)[:2] == ["122", "memmap"], ran.stderr
     assert ran.stdout.endswith(f"{[1.5] * 10}\n")
+
+
+def test_times_finer_than_a_microsecond_are_read(tmp_path: Path) -> None:
+    times = pa.array([1_700_000_000_000_000_001, 1_700_000_000_000_001_999], pa.timestamp("ns"))
+    pq.write_table(pa.table({"t": times, "a": [1.0, 2.0], "y": [0, 1]}), tmp_path / "a.parquet")
+    settings = DataSettings(file=(str(tmp_path / "a.parquet"),), time="t", columns=("a",), label=("y",))
+    assert open_source(settings).schema.examples >= 1

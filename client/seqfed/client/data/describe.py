@@ -172,6 +172,10 @@ def data_section(
             f"{found.source}: has token ids, and only who made them knows their vocabulary; write it by hand"
         )
     else:
+        if not isinstance(source, Numbers):
+            raise DataError(
+                f"{found.source}: only who wrote it knows its columns; write the run by hand (check: --run)"
+            )
         section |= _number_section(source, settings, found, missing)
         if settings.variable is not None:
             if grid is None:

@@ -222,7 +222,7 @@ class _Ingest:
 
         kind, name = array.type, self.settings.time
         if pa.types.is_temporal(kind) and not pa.types.is_duration(kind) and not pa.types.is_time(kind):
-            stamps = array.cast(pa.timestamp("us", getattr(kind, "tz", None)))
+            stamps = array.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False)  # nanoseconds are cut
             exact = stamps.cast(pa.int64()).cast(pa.float64(), safe=False)
             found = pc.fill_null(exact, np.nan).to_numpy(zero_copy_only=False) / 1e6
         else:
@@ -313,10 +313,13 @@ class _Ingest:
         if order is not None:
             ranks = np.empty(count, np.int64)
             ranks[order] = np.arange(count)
+        changed = DataError(f"{self.source}: changed while it was read; start again when nothing writes to it")
+        done = 0
         for _, base, batch in self._batches():
             size = batch.num_rows
-            if base + size > count:
-                raise DataError(f"{self.source}: changed while it was read; start again when nothing writes to it")
+            done = base + size
+            if done > count:
+                raise changed
             where = slice(base, base + size) if ranks is None else ranks[base : base + size]
             block = np.empty((size, len(self._number_names)), np.float32)
             with np.errstate(over="ignore"):  # an infinite one is refused when its column is used
@@ -329,6 +332,8 @@ class _Ingest:
             codes[where] = coded
             if self.settings.text is not None:
                 sizes.append(self._add_texts(batch.column(self.settings.text), blob))
+        if done != count:
+            raise changed
         texts = None
         if self.settings.text is not None:
             texts = (blob.finish(), np.concatenate([[0], *sizes]).cumsum().astype(np.int64))
