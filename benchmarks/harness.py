@@ -6,9 +6,14 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import platform
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +97,61 @@ async def _connected(address: str, clients: int, started: Processes) -> None:
         while sum(one.connected for one in await operator.clients()) < clients:
             started.require_alive()
             await asyncio.sleep(0.1)
+
+
+class Actor:
+    """A `seqfed` process that faults are done to: killed, suspended, started again. All its output goes to one log."""
+
+    def __init__(self, name: str, folder: Path, *arguments: str, prefix: Sequence[str] = ()) -> None:
+        self.name = name
+        self.log = folder / f"{name}.log"
+        child = [sys.executable, "-m", "seqfed.client.demo.child", str(os.getpid())]  # ends with this process
+        self._command = [*prefix, *child, *arguments]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal; nothing if it is over."""
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def ended(self) -> int | None:
+        """Its exit status, if it is over."""
+        return None if self._process is None else self._process.poll()
+
+    def wait(self, seconds: float = 20.0) -> int:
+        """Its exit status, after SIGKILL if it does not end in time."""
+        assert self._process is not None
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self._process.wait()
+
+    def kill(self) -> None:
+        """End it without warning, also when it is suspended."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def last_words(self) -> str:
+        return (self.log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+
+
+def free_port() -> int:
+    """A port that nobody listens on, so that a server can come back to it."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
 
 
 def tell(result: dict[str, Any], as_json: bool) -> None:

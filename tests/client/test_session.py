@@ -1,35 +1,76 @@
-"""The client's life, as far as it goes without a server: waits, which tasks count, and what cannot be mended."""
+"""The client's life on a hurried clock: which tasks count, how it dials, what it tells, and what no loss can take from it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, cast
 
+import grpc
 import numpy as np
 import pytest
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.client.hurried import at_once, hurry
 from tests.client.ready import Ready
 
+from seqfed.client import session as under_test
 from seqfed.client.data import Sequences
-from seqfed.client.session import FIRST_WAIT, HOPELESS, LONGEST_WAIT, OUTDATED, PASSING, Backoff, Session
-from seqfed.client.work import Workshop
-from seqfed.common.errors import ConfigError, InsecureRefused, SeqfedError
-from seqfed.common.spec import DataSpec, RunSpec
-from seqfed.common.views import ModelVersion, Task, TaskKey, TaskKind
-
-TRAIN = Task(
-    TaskKind.TRAIN, TaskKey("run", 1, 1), RunSpec(data=DataSpec(features=1, classes=2)), ModelVersion(0, 4, b"", b"")
+from seqfed.client.session import (
+    BEAT_S,
+    BROKEN,
+    FIRST_WAIT,
+    HOPELESS,
+    LONGEST_WAIT,
+    OUTDATED,
+    PASSING,
+    Backoff,
+    Session,
+    _Hand,
 )
+from seqfed.client.work import LocalUpdate, Workshop
+from seqfed.common.errors import (
+    BrokenTransfer,
+    ConfigError,
+    InsecureRefused,
+    NoModel,
+    Overloaded,
+    RunEnded,
+    SeqfedError,
+    ServerUnavailable,
+    TrainingFailed,
+    UnknownRun,
+    WrongRound,
+)
+from seqfed.common.layout import Flat
+from seqfed.common.spec import DataSpec, RunSpec
+from seqfed.common.transfer import CHUNK_BYTES, Reassembly, split
+from seqfed.common.views import ModelVersion, Progress, Stage, Task, TaskKey, TaskKind, UpdateHeader
+
+MODEL = np.arange(400_000, dtype="<f4")  # three chunks and a bit
+VERSION = ModelVersion(0, MODEL.nbytes, blake3(MODEL.tobytes()).digest(), b"layout")
+TRAIN = Task(TaskKind.TRAIN, TaskKey("run", 1, 1), RunSpec(data=DataSpec(features=1, classes=2)), VERSION)
 CANCEL = replace(TRAIN, kind=TaskKind.CANCEL)
 EVALUATE = replace(TRAIN, kind=TaskKind.EVALUATE)
 RETRY = replace(TRAIN, key=TaskKey("run", 1, 2))
 NEXT = replace(TRAIN, key=TaskKey("run", 2, 1))
+NEXT_EVALUATE = replace(NEXT, kind=TaskKind.EVALUATE)
+CANCEL_NEXT = replace(CANCEL, key=NEXT.key)
 OTHER = replace(TRAIN, key=TaskKey("other", 1, 1))
+SEQUENCES = Sequences.of(np.zeros((1, 1, 1), np.float32), np.zeros(1, np.int64))
 
 
-def session(server: str = "127.0.0.1:1") -> Session:
-    data = Sequences.of(np.zeros((1, 1, 1), np.float32), np.zeros(1, np.int64))
-    return Session(Workshop("ward", Ready(data, data, 1)), server, "0" * 32, insecure=False)
+def plain(server: str = "127.0.0.1:1") -> Session:
+    return Session(Workshop("ward", Ready(SEQUENCES, SEQUENCES, 1)), (server,), "0" * 32, insecure=False)
+
+
+def seeded(seed: int) -> random.Random:
+    return random.Random(seed)  # noqa: S311 - not a secret
 
 
 @given(st.integers(1, 20))
@@ -46,39 +87,416 @@ def test_clients_do_not_come_in_step() -> None:
     assert len({Backoff().wait() for _ in range(20)}) > 10
 
 
+def test_the_same_seed_gives_the_same_waits() -> None:
+    one, other = Backoff(seeded(1)), Backoff(seeded(1))
+    assert [one.wait() for _ in range(9)] == [other.wait() for _ in range(9)]
+
+
+# Which tasks count ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("current", "offered", "queued", "cancelled"),
+    ("hand", "offered", "waiting", "dropped"),
     [
         (None, [TRAIN], [TRAIN], False),
         (None, [CANCEL], [], False),
+        (None, [TRAIN, CANCEL], [], False),
+        (None, [TRAIN, RETRY], [RETRY], False),
+        (None, [TRAIN, EVALUATE], [TRAIN, EVALUATE], False),
+        (None, [EVALUATE, NEXT], [NEXT], False),  # the federation did not wait for the evaluation
         (TRAIN, [TRAIN], [], False),  # told again after a reconnection
         (TRAIN, [RETRY], [], False),  # the work in hand serves the new attempt too
-        (TRAIN, [EVALUATE], [EVALUATE], True),
+        (TRAIN, [EVALUATE], [EVALUATE], False),  # the update may still count late
+        (TRAIN, [EVALUATE, NEXT_EVALUATE], [NEXT_EVALUATE], False),
+        (TRAIN, [CANCEL, EVALUATE], [EVALUATE], True),
         (TRAIN, [NEXT], [NEXT], True),
         (TRAIN, [OTHER], [OTHER], True),
         (TRAIN, [CANCEL], [], True),
-        (TRAIN, [replace(CANCEL, key=NEXT.key)], [], False),
+        (TRAIN, [CANCEL_NEXT], [], False),
         (TRAIN, [replace(CANCEL, key=OTHER.key)], [], False),
         (TRAIN, [CANCEL, RETRY], [RETRY], True),  # the attempt was given up, and the round begins anew
         (TRAIN, [CANCEL, CANCEL], [], True),
         (TRAIN, [NEXT, CANCEL], [NEXT], True),
+        (TRAIN, [NEXT, CANCEL_NEXT], [], True),
+        (EVALUATE, [EVALUATE], [], False),
+        (EVALUATE, [NEXT], [NEXT], True),
+        (EVALUATE, [NEXT_EVALUATE], [NEXT_EVALUATE], True),
+        (EVALUATE, [CANCEL], [], True),
     ],
 )
-def test_which_tasks_count(current: Task | None, offered: list[Task], queued: list[Task], cancelled: bool) -> None:
-    client = session()
-    client._current = current
+async def test_which_tasks_count(hand: Task | None, offered: list[Task], waiting: list[Task], dropped: bool) -> None:
+    client = plain()
+    held = client._hand = None if hand is None else _Hand(hand, hand.key)
     for task in offered:
         client._offer(task)
-    assert [client._next.get_nowait() for _ in range(client._next.qsize())] == queued
-    assert client._cancelled == cancelled
+    assert client._waiting == waiting
+    assert client._offered.is_set() == bool(waiting)
+    assert (held is not None and held.dropped.done()) == dropped
+
+
+async def test_the_newest_attempt_is_the_one_that_is_answered() -> None:
+    client = plain()
+    client._hand = _Hand(TRAIN, TRAIN.key)
+    client._offer(RETRY)
+    assert client._working() == RETRY.key
+    client._offer(CANCEL)
+    assert client._working() is None
 
 
 @pytest.mark.parametrize(("server", "kind"), [("10.0.0.1:1", InsecureRefused), ("nowhere:x", ConfigError)])
 async def test_what_trying_again_cannot_mend_ends_the_client(server: str, kind: type[SeqfedError]) -> None:
     with pytest.raises(kind):
-        await session(server).run()
+        await plain(server).run()
 
 
 def test_no_error_is_both_passing_and_final() -> None:
     groups = (HOPELESS, PASSING, OUTDATED)
     assert len({kind for group in groups for kind in group}) == sum(map(len, groups))
+    assert set(BROKEN) <= set(PASSING)
+
+
+# A server, as far as the client can see it ------------------------------------------------------------------------------
+
+
+@dataclass
+class Server:
+    """What is behind the addresses: answers every call by `answers`, and remembers what came and when."""
+
+    spread: float = 0.0
+    tasks: list[Task] = field(default_factory=list)  # sent to whoever listens
+    answers: dict[str, list[SeqfedError]] = field(default_factory=dict)  # by call: what the next ones are refused with
+    stands: list[float] = field(default_factory=list)  # seconds that the next connections stand; then for ever
+    cuts: list[int] = field(default_factory=list)  # chunks that the next transfers carry
+    told: list[tuple[float, str, Any]] = field(default_factory=list)  # (when, call, with what)
+    received: bytearray = field(default_factory=bytearray)
+
+    def note(self, call: str, content: Any) -> None:
+        self.told.append((asyncio.get_running_loop().time(), call, content))
+        if errors := self.answers.get(call):
+            raise errors.pop(0)
+
+    def all(self, call: str) -> list[Any]:
+        return [content for _, one, content in self.told if one == call]
+
+    def times(self, call: str) -> list[float]:
+        return [when for when, one, _ in self.told if one == call]
+
+    def cut(self, chunks: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        most = self.cuts.pop(0) if self.cuts else None
+        for number, chunk in enumerate(chunks):
+            if number == most:
+                raise BrokenTransfer("the line is dead")
+            yield chunk
+
+
+class Line:
+    """Instead of a Connection."""
+
+    def __init__(self, channel: Server, address: str) -> None:
+        self._server, self._address = channel, address
+
+    async def join(self, client: str, instance: str, schema: Any, working: TaskKey | None = None) -> float:
+        self._server.note("join", (self._address, working))
+        return self._server.spread
+
+    async def listen(self) -> AsyncIterator[Task]:
+        for task in list(self._server.tasks):
+            yield task
+        await asyncio.sleep(self._server.stands.pop(0) if self._server.stands else 1e6)
+        raise ServerUnavailable("gone")
+
+    async def fetch_model(self, run: str, version: int, into: Reassembly, size: int) -> None:
+        self._server.note("fetch", (into.received, size))
+        for offset, data in self._server.cut(split(MODEL.data.cast("B"), into.received, size)):
+            into.add(offset, data)
+        into.finish()
+
+    async def upload_status(self, key: TaskKey, digest: bytes) -> tuple[int, bool]:
+        self._server.note("status", key)
+        return len(self._server.received), False
+
+    async def submit_update(
+        self, header: UpdateHeader, delta: memoryview, size: int, sent: Callable[[int], None]
+    ) -> bool:
+        self._server.note("update", (header, size))
+        for offset, data in self._server.cut(split(delta, header.offset, size)):
+            sent(offset)
+            assert offset == len(self._server.received)
+            self._server.received += data
+        return False
+
+    async def submit_evaluation(self, key: TaskKey, version: int, tally: dict[str, int]) -> bool:
+        self._server.note("evaluation", key)
+        return False
+
+    async def report_progress(self, key: TaskKey, progress: Progress) -> None:
+        self._server.note("progress", (key, progress))
+
+    async def report_failure(self, key: TaskKey, error: SeqfedError) -> None:
+        self._server.note("failure", (key, type(error)))
+
+
+@dataclass
+class Bench:
+    """A workshop whose work takes time on the loop's own clock."""
+
+    seconds: float = 1.0
+    stuck: bool = False  # works, and tells nothing new
+    error: Exception | None = None
+    done: list[TaskKey] = field(default_factory=list)
+    begun: list[TaskKey] = field(default_factory=list)
+    client: str = "ward"
+    source: Ready = field(default_factory=lambda: Ready(SEQUENCES, SEQUENCES, 1))
+
+    def check(self, task: Task) -> None:
+        pass
+
+    async def _work(
+        self, task: Task, stage: Stage, cancelled: Callable[[], bool], tell: Callable[[Progress], None]
+    ) -> None:
+        self.begun.append(task.key)
+        for second in range(int(self.seconds)):
+            tell(Progress(stage, 0 if self.stuck else second, int(self.seconds), 1))
+            await asyncio.sleep(1.0)
+            if cancelled():
+                return
+        if self.error is not None:
+            raise self.error
+        self.done.append(task.key)
+
+    async def train(
+        self, task: Task, flat: Flat, cancelled: Callable[[], bool], tell: Callable[[Progress], None]
+    ) -> LocalUpdate | None:
+        assert flat.tobytes() == MODEL.tobytes()
+        await self._work(task, Stage.TRAINING, cancelled, tell)
+        return None if cancelled() else LocalUpdate(MODEL, b"digest", 1, {}, self.seconds)
+
+    async def evaluate(self, task: Task, flat: Flat, tell: Callable[[Progress], None]) -> dict[str, int]:
+        await self._work(task, Stage.EVALUATING, lambda: False, tell)
+        return {}
+
+
+def live(
+    monkeypatch: pytest.MonkeyPatch,
+    server: Server,
+    bench: Bench,
+    until: float,
+    *,
+    addresses: tuple[str, ...] = ("a:1",),
+    away: Callable[[str], bool] = lambda _: False,
+    then: Callable[[Session], Awaitable[None]] | None = None,
+    seed: int = 1,
+) -> None:
+    """The client's life for so many seconds; `away`: whether nothing answers at an address just now."""
+
+    @contextlib.asynccontextmanager
+    async def dial(address: str, insecure: bool) -> AsyncIterator[grpc.aio.Channel]:
+        server.note("dial", address)
+        if away(address):
+            raise ServerUnavailable("away")
+        yield cast(grpc.aio.Channel, server)
+
+    async def main() -> None:
+        client = Session(cast(Workshop, bench), addresses, "0" * 32, False, dial=dial, rng=seeded(seed))
+        life = asyncio.ensure_future(client.run())
+        if then is not None:
+            await then(client)
+        done, _ = await asyncio.wait([life], timeout=until)
+        life.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await life
+        assert not done
+
+    monkeypatch.setattr(under_test, "Connection", Line)
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
+    hurry(main)
+
+
+# Dialling ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_servers_are_dialled_in_turn_and_the_waits_are_between_the_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server()
+    live(monkeypatch, server, Bench(), 20, addresses=("a:1", "b:1", "c:1"), away=lambda _: True)
+    assert server.all("dial")[:9] == ["a:1", "b:1", "c:1"] * 3
+    when = server.times("dial")
+    waits = [later - sooner for sooner, later in pairwise(when[:9])]
+    for place, wait in enumerate(waits):
+        turn, last = divmod(place, 3)
+        longest = FIRST_WAIT * 2**turn if last == 2 else 0.0
+        assert longest / 2 <= wait <= longest + 0.1, waits
+
+
+def test_the_standby_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server()
+    live(monkeypatch, server, Bench(), 1, addresses=("a:1", "b:1"), away=lambda address: address == "a:1")
+    assert server.all("join") == [("b:1", None)]
+    assert server.times("join")[0] - server.times("dial")[0] < 0.1
+
+
+def test_a_lost_server_is_dialled_again_after_a_random_part_of_its_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+    for seed in range(20):
+        server = Server(spread=10.0, stands=[LONGEST_WAIT + 1])
+        live(monkeypatch, server, Bench(), 60, seed=seed)
+        joined = server.times("join")
+        assert len(joined) == 2
+        waits.append(joined[1] - joined[0] - LONGEST_WAIT - 1)
+    assert all(-0.1 <= wait <= 10.1 for wait in waits)
+    assert min(waits) < 2
+    assert max(waits) > 8
+
+
+def test_a_server_that_flickers_is_not_dialled_ever_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(stands=[0.01] * 100)
+    live(monkeypatch, server, Bench(), 60)
+    assert 5 <= len(server.all("join")) <= 10
+
+
+def test_one_that_is_told_to_come_later_comes_later_to_the_same_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(answers={"join": [Overloaded("try again in 1 s")] * 3})
+    live(monkeypatch, server, Bench(), 20, addresses=("a:1", "b:1"))
+    assert server.all("dial") == ["a:1"] * 4
+    assert server.times("dial")[-1] - server.times("dial")[0] >= (0.5 + 1 + 2) / 2
+
+
+# The work -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_task_costs_no_word_about_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(tasks=[TRAIN])
+    live(monkeypatch, server, Bench(seconds=BEAT_S - 1), 20)
+    assert bytes(server.received) == MODEL.tobytes()
+    assert [header.key for header, _ in server.all("update")] == [TRAIN.key]
+    assert server.all("progress") == []
+
+
+def test_progress_is_told_as_long_as_there_is_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(tasks=[TRAIN])
+    live(monkeypatch, server, Bench(seconds=21), 30)
+    assert [(key, one.stage, one.total) for key, one in server.all("progress")] == [(TRAIN.key, Stage.TRAINING, 21)] * 4
+    done = [one.done for _, one in server.all("progress")]
+    assert done == sorted(set(done))
+
+
+def test_a_training_that_hangs_falls_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(tasks=[TRAIN])
+    live(monkeypatch, server, Bench(seconds=100, stuck=True), 60)
+    assert len(server.all("progress")) == 1
+
+
+def test_what_the_server_did_not_hear_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(tasks=[TRAIN], answers={"progress": [ServerUnavailable("lost"), Overloaded("busy")]})
+    live(monkeypatch, server, Bench(seconds=100, stuck=True), 60)
+    assert len(server.all("progress")) == 3
+
+
+@pytest.mark.parametrize("kind", [WrongRound, RunEnded, NoModel, UnknownRun])
+def test_a_task_whose_progress_nobody_wants_is_dropped(
+    kind: type[SeqfedError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, bench = Server(tasks=[TRAIN], answers={"progress": [kind("gone on")]}), Bench(seconds=100)
+    live(monkeypatch, server, bench, 200)
+    assert (bench.begun, bench.done) == ([TRAIN.key], [])
+    assert len(server.all("progress")) == 1
+    assert server.all("update") == server.all("failure") == []
+
+
+def test_the_work_goes_on_without_a_server_and_is_not_begun_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, bench = Server(tasks=[TRAIN], stands=[3.0, 3.0]), Bench(seconds=20)
+    live(monkeypatch, server, bench, 40)  # each new connection sends the task again
+    assert bench.begun == bench.done == [TRAIN.key]
+    assert [working for _, working in server.all("join")] == [None, TRAIN.key, TRAIN.key]
+    assert bytes(server.received) == MODEL.tobytes()
+
+
+def test_an_evaluation_waits_for_the_training_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, bench = Server(tasks=[TRAIN, NEXT_EVALUATE]), Bench(seconds=3)
+    live(monkeypatch, server, bench, 20)
+    assert bench.done == [TRAIN.key, NEXT_EVALUATE.key]
+    assert [call for _, call, _ in server.told if call in ("update", "evaluation")] == ["update", "evaluation"]
+
+
+def test_a_newer_training_overtakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def then(client: Session) -> None:
+        await asyncio.sleep(2.5)
+        client._offer(NEXT)
+
+    server, bench = Server(tasks=[TRAIN]), Bench(seconds=10)
+    live(monkeypatch, server, bench, 40, then=then)
+    assert (bench.begun, bench.done) == ([TRAIN.key, NEXT.key], [NEXT.key])
+
+
+def test_an_evaluation_that_is_not_wanted_stops_at_its_next_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def then(client: Session) -> None:
+        await asyncio.sleep(2.5)
+        client._offer(CANCEL)
+
+    server, bench = Server(tasks=[EVALUATE]), Bench(seconds=10)
+    live(monkeypatch, server, bench, 40, then=then)
+    assert (bench.begun, bench.done) == ([EVALUATE.key], [])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(TrainingFailed("nan"), TrainingFailed), (ZeroDivisionError(), TrainingFailed)]
+)
+def test_what_cannot_be_done_is_told_in_the_servers_own_time(
+    error: Exception, told: type[SeqfedError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: dict[str, list[SeqfedError]] = {"failure": [ServerUnavailable("lost"), Overloaded("busy")]}
+    server = Server(tasks=[TRAIN], answers=answers)
+    live(monkeypatch, server, Bench(error=error), 20)
+    assert server.all("failure") == [(TRAIN.key, told)] * 3
+
+
+# Transfers ----------------------------------------------------------------------------------------------------------------
+
+
+def test_both_ways_go_on_where_they_broke_in_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(tasks=[TRAIN], cuts=[1, 0, 1, 99, 1, 1, 99])
+    live(monkeypatch, server, Bench(), 60)
+    kib = 1 << 10
+    assert server.all("fetch") == [
+        (0, 512 * kib),
+        (512 * kib, 256 * kib),  # nothing came
+        (512 * kib, 128 * kib),
+        (640 * kib, 64 * kib),  # whole: the next is twice as large
+    ]
+    assert [(header.offset, size) for header, size in server.all("update")] == [
+        (0, 128 * kib),
+        (128 * kib, 64 * kib),
+        (192 * kib, 32 * kib),
+    ]
+    assert bytes(server.received) == MODEL.tobytes()
+
+
+def test_a_server_that_is_only_busy_says_nothing_about_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: dict[str, list[SeqfedError]] = {"update": [Overloaded("no room")] * 3, "fetch": [Overloaded("busy")]}
+    server = Server(tasks=[TRAIN], answers=answers)
+    live(monkeypatch, server, Bench(), 60)
+    assert {size for _, size in server.all("fetch") + server.all("update")} == {CHUNK_BYTES}
+    assert bytes(server.received) == MODEL.tobytes()
+
+
+def test_an_upload_that_waits_is_told_although_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(tasks=[TRAIN], answers={"update": [ServerUnavailable("no room")] * 5})
+    live(monkeypatch, server, Bench(), 60)
+    stages = [progress.stage for _, progress in server.all("progress")]
+    assert len(stages) >= 2
+    assert set(stages) == {Stage.SENDING}
+
+
+def test_a_transfer_is_broken_off_when_its_task_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(*_: Any) -> bool:
+        await asyncio.sleep(1e6)
+        return False
+
+    async def then(client: Session) -> None:
+        await asyncio.sleep(10)
+        client._offer(CANCEL)
+        client._offer(NEXT)
+
+    monkeypatch.setattr(Line, "submit_update", hang)
+    server, bench = Server(tasks=[TRAIN]), Bench()
+    live(monkeypatch, server, bench, 10, then=then)
+    assert bench.done == [TRAIN.key, NEXT.key]

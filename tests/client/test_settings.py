@@ -57,7 +57,12 @@ def test_a_whole_file(tmp_path: Path) -> None:
         'delimiter = "tab"\nwide = {}\n'
     )
     found = load_toml(ClientSettings, path, {"threads": 3}, {"data": {"stride": 1}})
-    assert (found.server, found.name, found.threads, found.insecure) == ("fed.example.org:7733", "ward-1", 3, True)
+    assert (found.server, found.name, found.threads, found.insecure) == (
+        ("fed.example.org:7733",),
+        "ward-1",
+        3,
+        True,
+    )
     assert (found.data.window, found.data.stride, found.data.columns) == (24, 1, ("a", "b"))
     assert (found.data.file, found.data.label, found.data.separator) == (("a.csv",), ("y",), "\t")
 
@@ -66,3 +71,14 @@ def test_one_name_or_several() -> None:
     one = validate(DataSettings, {"file": Path("a.csv"), "wide": {"a": ["a1", "a2"], "b": ["b1", "b2"]}}, "flags")
     assert (one.file, one.wide) == (("a.csv",), {"a": ("a1", "a2"), "b": ("b1", "b2")})
     assert validate(DataSettings, {"file": [Path("a.csv"), "b.csv"]}, "flags").file == ("a.csv", "b.csv")
+
+
+@pytest.mark.parametrize("given", ["a:1,b:2", "a:1, b:2", ["a:1", "b:2"], ("a:1", "b:2")])
+def test_several_servers(given: Any) -> None:
+    found = validate(ClientSettings, {"server": given, "data": {"file": "a.csv"}}, "test")
+    assert found.server == ("a:1", "b:2")
+
+
+def test_no_server_is_refused() -> None:
+    with pytest.raises(ConfigError, match="server"):
+        validate(ClientSettings, {"server": [], "data": {"file": "a.csv"}}, "test")

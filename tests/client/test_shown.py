@@ -16,6 +16,7 @@ from seqfed.client.shown import (
     client_dict,
     clients_table,
     columns,
+    live,
     progress_table,
     round_dict,
     round_row,
@@ -26,7 +27,7 @@ from seqfed.client.shown import (
 from seqfed.common.metrics import main_metrics
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import DataSpec, RunSpec
-from seqfed.common.views import ClientView, RoundRecord, RunView
+from seqfed.common.views import ClientView, Progress, RoundRecord, RunView, Stage, TaskView
 
 RECORD = RoundRecord(
     round=2,
@@ -42,6 +43,13 @@ RECORD = RoundRecord(
     spread={"loss": (0.25, 0.5), "auroc": (0.875, 0.625)},
     evaluated_examples=8,
     evaluated_clients=3,
+    stale={"b": 2},
+)
+TASKS = (
+    TaskView("a", 3, Progress(Stage.TRAINING, 61, 100, 2, 0.375), 1.2, connected=True),
+    TaskView("b", 2, Progress(Stage.SENDING, 5, 10), 40.0, connected=True),
+    TaskView("c", 3, None, 0.25, connected=True),
+    TaskView("d", 3, Progress(Stage.READING), 7_200.0, connected=False),
 )
 SPEC = RunSpec(data=DataSpec(features=1, classes=2))
 
@@ -80,6 +88,7 @@ def test_a_round_for_programs() -> None:
         "attempt": 1,
         "cohort": ["a", "b", "c"],
         "folded": ["a", "b"],
+        "stale": {"b": 2},
         "training_loss": 0.5,
         "loss": 0.125,
         "accuracy": 0.75,
@@ -133,6 +142,43 @@ def test_a_run_for_programs() -> None:
     assert found["history"] == [json.loads(json.dumps(round_dict(RECORD)))]
     assert found.keys() == vars(view()).keys() - {"spec"}
     assert (found["run"], found["pending"], found["ended"]) == ("0123456789abcdef", ["c"], False)
+
+
+def test_tasks_for_programs() -> None:
+    found = json.loads(json.dumps(run_dict(replace(view(), tasks=TASKS, deadline_s=19.96))))
+    assert found["deadline_s"] == 20.0
+    assert found["tasks"][0] == {
+        "client": "a",
+        "round": 3,
+        "stage": "training",
+        "done": 61,
+        "total": 100,
+        "epoch": 2,
+        "loss": 0.375,
+        "silent_s": 1.2,
+        "connected": True,
+    }
+    assert [one["stage"] for one in found["tasks"]] == ["training", "sending", None, "reading"]
+    assert run_dict(view())["deadline_s"] is None
+
+
+def test_tasks_for_people() -> None:
+    shown = text(live(replace(view(), tasks=TASKS, deadline_s=600.0), []))
+    assert "training, deadline in 10 min" in shown
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert rows[-4:] == [  # who is waited for most first: away, silent, at the beginning
+        ["d", "away; was reading its data", "-", "-", "-", "2.0 h"],
+        ["b", "sending its update (round 2)", "50%", "-", "-", "40 s"],
+        ["c", "asked", "-", "-", "-", "-"],
+        ["a", "training", "61%", "2", "0.375", "1 s"],
+    ]
+
+
+def test_of_many_tasks_the_slowest_are_shown() -> None:
+    tasks = [TaskView(f"c{place}", 3, Progress(Stage.TRAINING, place, 100), 0.0, connected=True) for place in range(40)]
+    shown = text(live(replace(view(), tasks=tuple(tasks)), []))
+    assert [f"c{place} " in shown for place in range(40)] == [True] * 12 + [False] * 28
+    assert "and 28 more" in shown
 
 
 @pytest.mark.parametrize("reason", ["waiting for 1 more", "client a: [/red] [bold]x[0, 1] is not finite", "[link=a]b"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count as ticks
 from itertools import islice, pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from seqfed.client import training
 from seqfed.client.data import Batch, Sequences
 from seqfed.client.network import Network, network_for
 from seqfed.client.training import (
+    TELL_S,
     Cancelled,
     batch_count,
     batches,
@@ -33,10 +36,11 @@ from seqfed.client.training import (
 from seqfed.common.config import validate
 from seqfed.common.errors import TrainingFailed
 from seqfed.common.layout import Flat, Parameters
-from seqfed.common.metrics import add
+from seqfed.common.metrics import add, units
 from seqfed.common.model import initial_parameters
 from seqfed.common.seeds import generator
 from seqfed.common.spec import RunSpec, TrainingSpec
+from seqfed.common.views import Progress, Stage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -194,11 +198,44 @@ def test_a_loss_that_is_not_finite_ends_the_training(value: float) -> None:
         evaluate(found, sequences(20), run)
 
 
-def test_progress_is_told_after_each_batch() -> None:
-    told: list[tuple[int, int]] = []
+def ticking(monkeypatch: pytest.MonkeyPatch, step: float) -> None:
+    """Every look at the clock finds it so many seconds later."""
+    clock = ticks(0.0, step)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+
+def test_progress_is_told_with_the_epoch_and_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticking(monkeypatch, TELL_S)
+    told: list[Progress] = []
     run = spec(**SGD, epochs=2)
-    train(network(run), sequences(20), run, 1, generator(1, "draw"), progress=lambda done, of: told.append((done, of)))
-    assert told == [(number, 6) for number in range(1, 7)]
+    trained = train(network(run), sequences(20), run, 1, generator(1, "draw"), progress=told.append)
+    assert [(one.stage, one.done, one.total, one.epoch) for one in told] == [
+        (Stage.TRAINING, done, 6, epoch) for done, epoch in [(0, 1), (1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+    ]
+    losses = [one.loss for one in told]
+    assert losses[0] is None
+    sizes = [8, 8, 4] * 2  # of the batches, whose losses make up the tally
+    assert trained.tally["loss"] == sum(
+        units(loss * size) for loss, size in zip(losses[1:], sizes, strict=True) if loss
+    )
+
+
+def test_progress_is_not_told_after_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticking(monkeypatch, TELL_S / 100)
+    told: list[Progress] = []
+    run = spec(**SGD, epochs=100)
+    train(network(run), sequences(20), run, 1, generator(1, "draw"), progress=told.append)
+    assert len(told) <= 1 + 300 / 100 + 1
+    assert (told[-1].done, told[-1].total) == (300, 300)
+
+
+def test_an_evaluation_tells_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticking(monkeypatch, TELL_S)
+    monkeypatch.setattr(training, "SCORING_BATCH", 8)
+    told: list[Progress] = []
+    run = spec(**SGD)
+    evaluate(network(run), sequences(20), run, told.append)
+    assert told == [Progress(Stage.EVALUATING, done, 3) for done in range(4)]
 
 
 def test_no_data_train_nothing() -> None:

@@ -13,14 +13,14 @@ from tests.client.ready import Ready
 from seqfed.client import training
 from seqfed.client.data import Sequences
 from seqfed.client.network import network_for
-from seqfed.client.work import Workshop
+from seqfed.client.work import LocalUpdate, Workshop
 from seqfed.common.config import validate
 from seqfed.common.errors import LayoutMismatch, SchemaMismatch
 from seqfed.common.layout import Flat
 from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.seeds import generator
 from seqfed.common.spec import RunSpec
-from seqfed.common.views import ModelVersion, Task, TaskKey, TaskKind
+from seqfed.common.views import ModelVersion, Progress, Stage, Task, TaskKey, TaskKind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,14 +45,16 @@ def workshop(client: str = "ward") -> Workshop:
     return Workshop(client, Ready(sequences(20), sequences(7)))
 
 
-def never() -> bool:
-    return False
+def train(shop: Workshop, given: Task, flat: Flat) -> LocalUpdate:
+    update = shop.train(given, flat, lambda: False)
+    assert update is not None
+    return update
 
 
 def test_an_update_is_the_local_model_less_the_global_one() -> None:
     given = task()
     flat = model(given)
-    update = workshop().train(given, flat, never)
+    update = train(workshop(), given, flat)
     network = network_for(given.spec)
     network.load(initial_parameters(given.spec))
     draw = generator(given.spec.seed, 1, "ward", "batches")
@@ -64,20 +66,19 @@ def test_an_update_is_the_local_model_less_the_global_one() -> None:
 
 
 def test_what_was_done_before_leaves_no_trace() -> None:
-    fresh = workshop().train(task(), model(task()), never).delta.copy()
+    fresh = train(workshop(), task(), model(task())).delta.copy()
     used = workshop()
     for other in (task(2), task(model={"hidden": 9}), task(training={"learning_rate": 0.5})):
-        used.train(other, model(other), never)
+        train(used, other, model(other))
     used.evaluate(task(), model(task()) + 1)
-    assert used.train(task(), model(task()), never).delta.tobytes() == fresh.tobytes()
+    assert train(used, task(), model(task())).delta.tobytes() == fresh.tobytes()
 
 
 def test_a_cancelled_training_leaves_no_trace() -> None:
-    fresh = workshop().train(task(), model(task()), never).delta.copy()
+    fresh = train(workshop(), task(), model(task())).delta.copy()
     used = workshop()
-    with pytest.raises(training.Cancelled):
-        used.train(task(), model(task()), lambda: True)
-    assert used.train(task(), model(task()), never).delta.tobytes() == fresh.tobytes()
+    assert used.train(task(), model(task()), lambda: True) is None
+    assert train(used, task(), model(task())).delta.tobytes() == fresh.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -85,15 +86,15 @@ def test_a_cancelled_training_leaves_no_trace() -> None:
 )
 def test_each_client_round_and_seed_draws_its_own_batches(client: str, other: Task) -> None:
     flat = model(task())
-    one = workshop().train(task(), flat, never).delta
-    assert workshop(client).train(other, flat, never).delta.tobytes() != one.tobytes()
+    one = train(workshop(), task(), flat).delta
+    assert train(workshop(client), other, flat).delta.tobytes() != one.tobytes()
 
 
 def test_another_attempt_is_the_same_work() -> None:
     given = task()
     again = replace(given, key=replace(given.key, attempt=2))
-    one = workshop().train(given, model(given), never)
-    assert workshop().train(again, model(given), never).digest == one.digest
+    one = train(workshop(), given, model(given))
+    assert train(workshop(), again, model(given)).digest == one.digest
 
 
 def test_scores_are_those_of_the_validation_data() -> None:
@@ -122,3 +123,11 @@ def test_a_task_of_another_model_is_refused(change: dict[str, Any]) -> None:
     given = task()
     with pytest.raises(LayoutMismatch, match="run the same version of seqfed"):
         workshop().check(replace(given, model=replace(given.model, **change)))
+
+
+def test_both_kinds_of_work_tell_how_far_they_are() -> None:
+    told: list[Progress] = []
+    given = task()
+    workshop().train(given, model(given), lambda: False, told.append)
+    workshop().evaluate(given, model(given), told.append)
+    assert {one.stage for one in told} == {Stage.TRAINING, Stage.EVALUATING}

@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 
 from seqfed.common import transfer
 from seqfed.common.errors import BrokenTransfer, ChecksumMismatch
-from seqfed.common.transfer import Reassembly, split
+from seqfed.common.transfer import Pace, Reassembly, split
+
+SIZES = st.integers(1, 3).map(lambda count: 4 * count)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks() -> Iterator[None]:
-    """Chunks of 4 bytes, so that many cases are quick."""
+    """Chunks of 12 bytes at most, so that many cases are quick."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "CHUNK_BYTES", 4)
+        patch.setattr(transfer, "CHUNK_BYTES", 12)
         yield
 
 
@@ -32,11 +34,11 @@ def receiver(data: bytes) -> tuple[Reassembly, bytearray]:
     return Reassembly(len(data), blake3(data).digest(), sink), into
 
 
-@given(st.binary(max_size=20), st.lists(st.integers(0, 6), max_size=4))
-def test_any_breaks_and_resumptions_give_the_same_bytes(data: bytes, breaks: list[int]) -> None:
+@given(st.binary(max_size=40), st.lists(st.tuples(st.integers(0, 6), SIZES), max_size=4))
+def test_any_breaks_and_resumptions_give_the_same_bytes(data: bytes, breaks: list[tuple[int, int]]) -> None:
     whole, into = receiver(data)
-    for taken in breaks:  # each connection carries so many chunks and dies
-        for _, (offset, chunk) in zip(range(taken), split(memoryview(data), whole.received), strict=False):
+    for taken, size in breaks:  # each connection carries so many chunks of this size and dies
+        for _, (offset, chunk) in zip(range(taken), split(memoryview(data), whole.received, size), strict=False):
             whole.add(offset, chunk)
     for offset, chunk in split(memoryview(data), whole.received):
         whole.add(offset, chunk)
@@ -45,13 +47,14 @@ def test_any_breaks_and_resumptions_give_the_same_bytes(data: bytes, breaks: lis
 
 
 @settings(max_examples=300)
-@given(st.binary(max_size=14), st.integers(0, 3), st.integers(-2, 16), st.binary(max_size=6))
-def test_only_the_next_chunk_at_its_full_size_is_taken(data: bytes, before: int, offset: int, chunk: bytes) -> None:
+@given(st.binary(max_size=30), st.integers(0, 3), st.integers(-2, 16), st.binary(max_size=18))
+def test_only_the_next_whole_numbers_are_taken(data: bytes, before: int, offset: int, chunk: bytes) -> None:
     whole, into = receiver(data)
     for start in range(0, min(4 * before, len(data)), 4):
         whole.add(start, data[start : start + 4])
     had = whole.received
-    right = offset == had and chunk != b"" and len(chunk) == min(4, len(data) - had)
+    left = len(data) - had
+    right = offset == had and (len(chunk) in (4, 8, 12) or 0 < len(chunk) == left <= 12) and len(chunk) <= left
     if right:
         whole.add(offset, chunk)
         assert (whole.received, bytes(into)) == (had + len(chunk), data[:had] + chunk)
@@ -64,12 +67,40 @@ def test_only_the_next_chunk_at_its_full_size_is_taken(data: bytes, before: int,
         whole.finish()
 
 
-@given(st.binary(max_size=14), st.integers(0, 14))
-def test_split_covers_the_rest_in_full_chunks(data: bytes, start: int) -> None:
-    chunks = list(split(memoryview(data), start))
+@given(st.binary(max_size=40), st.integers(0, 40), st.none() | SIZES)
+def test_split_covers_the_rest_in_full_chunks(data: bytes, start: int, size: int | None) -> None:
+    chunks = list(split(memoryview(data), start, size))
     assert b"".join(chunk for _, chunk in chunks) == data[start:]
-    assert [offset for offset, _ in chunks] == list(range(start, len(data), 4))
-    assert all(len(chunk) == 4 for _, chunk in chunks[:-1])
+    assert [offset for offset, _ in chunks] == list(range(start, len(data), size or 12))
+    assert all(len(chunk) == (size or 12) for _, chunk in chunks[:-1])
+
+
+def test_chunks_shrink_with_each_break_and_grow_with_each_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 512 << 10)
+    pace = Pace()
+    sizes = [pace.size >> 10]
+    for turn in [pace.broken] * 6 + [pace.whole] * 6:
+        turn()
+        sizes.append(pace.size >> 10)
+    assert sizes == [512, 256, 128, 64, 32, 16, 16, 32, 64, 128, 256, 512, 512]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "seconds", "size"),
+    [
+        (100 << 20, 1.0, 512),
+        (512 << 10, 1.0, 512),
+        (1 << 20, 0.0, 512),
+        (1 << 20, 32.0, 32),
+        (1 << 20, 9e9, 16),
+        (0, 1, 16),
+    ],
+)
+def test_chunks_are_a_seconds_worth(nbytes: int, seconds: float, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 512 << 10)
+    pace = Pace()
+    pace.timed(nbytes, seconds)
+    assert pace.size >> 10 == size
 
 
 def test_too_few_bytes() -> None:

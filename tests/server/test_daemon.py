@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import re
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.server.conftest import (
+    PATIENCE,
     Daemon,
     Site,
     a_daemon,
@@ -26,10 +30,11 @@ from tests.server.conftest import (
 )
 
 from seqfed.common import addresses, views
-from seqfed.common.errors import InsecureRefused, PortInUse, StorageError
+from seqfed.common.errors import InsecureRefused, LeaseLost, PortInUse, StorageError
 from seqfed.common.layout import Flat
 from seqfed.common.model import initial_parameters
 from seqfed.common.views import TaskKind
+from seqfed.server import lease
 from seqfed.server.daemon import serving
 from seqfed.server.settings import ServerSettings
 
@@ -69,9 +74,92 @@ async def test_a_port_in_use_is_refused_with_the_remedy(daemon: Daemon, tmp_path
 
 
 async def test_a_state_folder_in_use_is_refused_with_the_remedy(daemon: Daemon) -> None:
-    with pytest.raises(StorageError, match="another seqfed server uses .*; stop it, or pass another --state"):
+    told = (
+        rf"another seqfed server uses .*\(process {os.getpid()} on .*, {re.escape(daemon.address)}\); stop it, or pass"
+    )
+    with pytest.raises(StorageError, match=told):
         async with a_daemon(daemon.state):
             pass
+
+
+# Standing by, and being replaced --------------------------------------------------------------------------------------
+
+
+def replace_holder(state: Path) -> None:
+    """As another server does that takes the daemon for dead."""
+    with contextlib.closing(sqlite3.connect(state / "seqfed.db", isolation_level=None)) as database:
+        database.execute("UPDATE lease SET term = term + 1, holder = 'machine/1/2/3', host = 'far', pid = 1")
+
+
+async def test_one_that_stands_by_takes_over_where_the_first_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_S", 0.01)
+    spec = make_spec(rounds=2)
+    async with contextlib.AsyncExitStack() as stack:
+        async with a_daemon(tmp_path) as first:
+            begun = asyncio.create_task(stack.enter_async_context(a_daemon(tmp_path, standby=True)))
+            run = (await first.submit(spec)).run
+            sites = {site.name: site for site in await first.arrive("a", "b")}
+            await train(first, sites, run, 1)
+            await first.until(run, lambda view: view.round == 2)
+            assert not begun.done()
+        second = await soon(begun)
+        sites = {site.name: site for site in await second.arrive("a", "b")}
+        await train(second, sites, run, 2)
+        assert (await second.end(run)).phase == "finished"
+        expected = initial_parameters(spec).flat
+        for number in (1, 2):
+            expected = averaged(expected, *((ord(name), some_delta(SIZE, ord(name), number)) for name in "ab"))
+        assert (await model_of(second, run) == expected).all()
+
+
+async def test_a_daemon_that_was_replaced_stops_at_the_first_thing_it_would_write(tmp_path: Path) -> None:
+    with pytest.raises(LeaseLost, match="process 1 on far.* has taken over"):  # noqa: PT012 - the block is what ends
+        async with a_daemon(tmp_path) as daemon:
+            replace_holder(tmp_path)
+            with pytest.raises(LeaseLost):
+                await daemon.submit(make_spec())
+            await soon(asyncio.Event().wait())  # the daemon ends it
+
+
+async def test_a_daemon_with_nothing_to_write_finds_out_when_it_renews_its_lease(tmp_path: Path) -> None:
+    with pytest.raises(LeaseLost, match="start it with --standby"):  # noqa: PT012 - the block is what ends
+        async with a_daemon(tmp_path, lease_s=1):
+            replace_holder(tmp_path)
+            await soon(asyncio.Event().wait())
+
+
+async def test_a_block_that_ends_while_the_lease_is_lost_is_told_and_nothing_is_left_running(tmp_path: Path) -> None:
+    with pytest.raises(LeaseLost):  # noqa: PT012 - the block is what ends
+        async with a_daemon(tmp_path) as daemon:
+            replace_holder(tmp_path)
+            with contextlib.suppress(LeaseLost):
+                await daemon.submit(make_spec())
+    assert not (tmp_path / "address.json").exists()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_cancelled_block_is_not_taken_for_a_lost_lease(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with a_daemon(tmp_path):
+            asyncio.current_task().cancel()  # type: ignore[union-attr]  # there is one
+            await asyncio.sleep(0)
+
+    with pytest.raises(asyncio.CancelledError):
+        await work()
+    async with a_daemon(tmp_path):
+        pass
+
+
+async def test_it_holds_its_lease_longer_than_the_lease_lasts(tmp_path: Path) -> None:
+    """Seen by one on another machine, which cannot look whether the process lives."""
+    async with a_daemon(tmp_path, lease_s=1) as daemon:
+        with contextlib.closing(sqlite3.connect(tmp_path / "seqfed.db")) as database:
+            (first,) = database.execute("SELECT expires FROM lease").fetchone()
+            async with asyncio.timeout(PATIENCE):
+                while database.execute("SELECT expires FROM lease").fetchone()[0] < first + 1.0:
+                    await daemon.runs()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
@@ -182,6 +270,8 @@ async def test_a_client_that_leaves_while_a_run_begins_is_known_to_be_away(daemo
     await a.come()
     await b.join()
     await daemon.until(run.run, lambda view: "here: a" in view.reason)
+    while "b" not in await daemon.clients():  # what is known of it is saved beside its hello
+        pass
     with busy_database(daemon.state):  # so the run's beginning takes until the end of this block
         b.listen()
         while not (await daemon.clients())["b"].connected:
@@ -191,7 +281,7 @@ async def test_a_client_that_leaves_while_a_run_begins_is_known_to_be_away(daemo
             pass
     view = await daemon.until(run.run, lambda view: view.phase == "gathering")
     assert "waits for 1 more of 2 clients; here: a" in view.reason
-    assert "no answer in 0.2 s from a, b" in view.reason
+    assert "no answer before the deadline from a, b" in view.reason
 
 
 async def test_an_update_that_comes_together_with_a_failure_is_counted_once(daemon: Daemon) -> None:
@@ -203,7 +293,7 @@ async def test_an_update_that_comes_together_with_a_failure_is_counted_once(daem
     deltas = {name: some_delta(SIZE, ord(name)) for name in sites}
 
     def in_place(name: str) -> bool:
-        return any((daemon.state / "updates" / run.run / "1").glob(f"{name}.*.f32"))
+        return any((daemon.state / "updates" / run.run).glob(f"1.{name}.*.f32"))
 
     with busy_database(daemon.state):
         pending = [
@@ -260,7 +350,7 @@ async def test_a_restart_in_mid_round_ends_with_the_same_bits(tmp_path: Path) ->
         (view,) = await daemon.runs()
         assert (view.run, view.phase, view.round) == (run, "training", 2)
         sites = {site.name: site for site in await daemon.arrive(*"abcd")}
-        view = await daemon.until(run, lambda view: "away" not in view.reason)
+        view = await daemon.until(run, lambda view: view.attempt == 2 and "away" not in view.reason)
         assert (view.round, view.attempt, view.cohort, view.pending) == (2, 2, before.cohort, (first, third))
         assert await sites[second].status(done, some_delta(SIZE, ord(second), 2).tobytes()) == (0, True)
         assert await sites[second].submit(done, some_delta(SIZE, ord(second), 2))  # a duplicate
@@ -368,7 +458,7 @@ async def test_an_update_that_a_power_cut_harmed_is_asked_for_again(tmp_path: Pa
         for name in cohort[:2]:
             task = await sites[name].task()
             await sites[name].submit(task, some_delta(SIZE, ord(name), 1), weight=ord(name))
-    (file,) = (state / "updates" / run / "1").glob(f"{cohort[0]}.*.f32")
+    (file,) = (state / "updates" / run).glob(f"1.{cohort[0]}.*.f32")
     match harm:
         case "gone":
             file.unlink()
@@ -378,7 +468,7 @@ async def test_an_update_that_a_power_cut_harmed_is_asked_for_again(tmp_path: Pa
             file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
     async with a_daemon(state) as daemon:
         sites = {site.name: site for site in await daemon.arrive(*"abcd")}
-        view = await daemon.until(run, lambda view: "away" not in view.reason)
+        view = await daemon.until(run, lambda view: view.attempt == 2 and "away" not in view.reason)
         assert view.pending == (cohort[0], cohort[2])
         for name in view.pending:
             task = await sites[name].task()

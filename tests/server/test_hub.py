@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.server.conftest import make_spec, soon, turns_until
 
-from seqfed.common.errors import NameTaken, TooLarge, UnknownSession
+from seqfed.common.errors import NameTaken, Overloaded, UnknownSession
 from seqfed.common.model import layout_of
 from seqfed.common.schema import DataSchema
 from seqfed.common.views import ModelVersion, Task, TaskKey, TaskKind
@@ -174,7 +174,7 @@ async def test_no_task_is_kept_for_one_that_is_away() -> None:
 async def test_more_clients_than_the_limit_are_refused() -> None:
     house = a_house(2)
     streams = [await house.listen(house.join(name)) for name in "ab"]
-    with pytest.raises(TooLarge, match=r"2 clients are connected, the limit \(max_clients\)"):
+    with pytest.raises(Overloaded, match=r"2 clients are connected, the limit \(max_clients\)"):
         house.join("c")
     again = house.join("a")  # one that is counted already
     await soon(streams[0])

@@ -67,7 +67,7 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
-    made = Desk(tmp_path / "updates", Intake(8, 60.0))
+    made = Desk(tmp_path / "updates", Intake(8, 100, 60.0))
     yield made
     made.intake.forget(RUN)  # closes what is incomplete
 
@@ -264,7 +264,7 @@ async def test_forgetting_a_run_ends_its_uploads(desk: Desk) -> None:
 
 
 async def test_uploads_in_flight_are_bounded(desk: Desk) -> None:
-    desk.intake = Intake(2, 60.0)
+    desk.intake = Intake(2, 100, 60.0)
     gates = {name: asyncio.Event() for name in "abcd"}
     begun: list[str] = []
 
@@ -286,7 +286,7 @@ async def test_uploads_in_flight_are_bounded(desk: Desk) -> None:
 
 
 async def test_a_stalled_upload_makes_room_and_can_go_on(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, Intake(1, 0.05))
+    desk = Desk(tmp_path, Intake(1, 100, 0.05))
 
     async def stalling() -> AsyncIterator[tuple[int, bytes]]:
         yield chunks(DATA)[0]

@@ -50,7 +50,7 @@ async def test_a_model_over_2_gib_passes_both_ways(tmp_path: Path) -> None:
         assert not await client.submit_update(header, view)
         views_ = [one async for one in operator.watch(run)]
         assert views_[-1].phase == "finished", views_[-1].reason
-        path = tmp_path / "models" / run / "000001.safetensors"
+        path = tmp_path / "models" / run / "000001.t1.safetensors"
         with path.open("rb") as file:
             file.seek(-4, 2)
             assert np.frombuffer(file.read(), "<f4")[0] == np.float32(last + 0.5)

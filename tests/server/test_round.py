@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -32,13 +33,18 @@ from seqfed.server.round import (
     EvaluationArrived,
     Event,
     Fold,
+    Hasten,
     ModelCommitted,
     OpenSum,
+    PauseRequested,
     Phase,
     Restarted,
+    ResumeRequested,
     Run,
+    Silence,
     StartDeadline,
     StopRequested,
+    Suspend,
     TaskFailed,
     Turn,
     UpdateArrived,
@@ -53,9 +59,12 @@ EVENTS: dict[type, Event] = {
     UpdateArrived: UpdateArrived(1, "a"),
     EvaluationArrived: EvaluationArrived(1, "a", (("examples", 1),)),
     TaskFailed: TaskFailed(1, "a", "no data"),
+    Silence: Silence("a"),
     ModelCommitted: ModelCommitted(1),
     Broken: Broken("the disk burns"),
     DeadlinePassed: DeadlinePassed(1, 1, Phase.TRAINING),
+    PauseRequested: PauseRequested(),
+    ResumeRequested: ResumeRequested(),
     StopRequested: StopRequested(),
     Restarted: Restarted(),
 }
@@ -182,7 +191,7 @@ def test_a_quorum_at_the_deadline_is_committed_and_the_late_are_dismissed() -> N
     run, _ = follow(spec, training(spec, "a", "b", "c"), UpdateArrived(1, "c"), UpdateArrived(1, "a"))
     assert run.phase is Phase.TRAINING  # all are waited for until the deadline
     run, effects = on(spec, run, DeadlinePassed(1, 1, Phase.TRAINING))
-    assert (run.phase, run.folded, effects) == (Phase.COMMITTING, ("c", "a"), (Dismiss(("b",)), CommitModel()))
+    assert (run.phase, run.folded, effects) == (Phase.COMMITTING, ("c", "a"), (Dismiss((("b", 1),)), CommitModel()))
 
 
 def test_a_deadline_without_quorum_begins_another_attempt_that_keeps_what_is_folded() -> None:
@@ -190,17 +199,20 @@ def test_a_deadline_without_quorum_begins_another_attempt_that_keeps_what_is_fol
     run, _ = follow(spec, training(spec, "a", "b", "c"), UpdateArrived(1, "c"))
     run, effects = on(spec, run, DeadlinePassed(1, 1, Phase.TRAINING))
     assert (run.phase, run.round, run.attempt, run.given_up, run.folded) == (Phase.TRAINING, 1, 2, 1, ("c",))
-    assert run.reason == "round 1, attempt 1 of 3: no answer in 9 s from a, b"
-    assert effects == (Dismiss(()), OpenSum(), Fold("c"), StartDeadline(9), Ask(("a", "b")))
+    assert run.reason == "round 1, attempt 1 of 3: no answer before the deadline from a, b"
+    assert effects == (OpenSum(), Fold("c"), StartDeadline(9), Ask(("a", "b")))
 
 
-def test_the_run_fails_after_the_last_attempt_and_says_why() -> None:
+def test_the_run_pauses_after_the_last_attempt_and_says_why() -> None:
     spec = make_spec(cohort={"min_clients": 2, "deadline_s": 9, "max_attempts": 2})
     run = training(spec, "a", "b")
     run, _ = on(spec, run, DeadlinePassed(1, 1, Phase.TRAINING))
     run, effects = follow(spec, run, UpdateArrived(1, "a"), DeadlinePassed(1, 2, Phase.TRAINING))
-    assert (run.phase, run.reason) == (Phase.FAILED, "round 1, attempt 2 of 2: no answer in 9 s from b")
-    assert effects == (Dismiss(("b",)), EndRun())
+    assert (run.phase, run.reason) == (Phase.PAUSED, "round 1, attempt 2 of 2: no answer before the deadline from b")
+    assert effects == (Dismiss((("b", 1),)), Suspend())
+    run, effects = follow(spec, run, ResumeRequested(), here("a", "b"), Turn())
+    assert (run.phase, run.round, run.attempt, run.given_up, run.folded) == (Phase.TRAINING, 1, 3, 0, ("a",))
+    assert effects == (OpenSum(), Fold("a"), StartDeadline(9), Ask(("b",)))
 
 
 def test_attempts_are_counted_anew_in_each_round() -> None:
@@ -250,17 +262,17 @@ def test_a_failure_that_puts_the_quorum_out_of_reach_begins_another_attempt_at_o
     run, effects = follow(spec, training(spec, "a", "b"), UpdateArrived(1, "a"), TaskFailed(1, "b", "no data"))
     assert (run.phase, run.attempt, run.given_up, run.failed) == (Phase.TRAINING, 2, 1, ())
     assert run.reason == "round 1, attempt 1 of 3: b: no data"
-    assert effects == (Dismiss(()), OpenSum(), Fold("a"), StartDeadline(600), Ask(("b",)))
+    assert effects == (OpenSum(), Fold("a"), StartDeadline(600), Ask(("b",)))
 
 
-def test_failing_every_attempt_fails_the_run_with_the_clients_own_words() -> None:
+def test_failing_every_attempt_pauses_the_run_with_the_clients_own_words() -> None:
     spec = make_spec(cohort__max_attempts=3)
     run = training(spec, "a", "b")
     for _ in range(2):
         run, _ = on(spec, run, TaskFailed(1, "b", "no data"))
     run, effects = on(spec, run, TaskFailed(1, "b", "no data"))
-    assert (run.phase, run.reason) == (Phase.FAILED, "round 1, attempt 3 of 3: b: no data")
-    assert effects[-1] == EndRun()
+    assert (run.phase, run.reason) == (Phase.PAUSED, "round 1, attempt 3 of 3: b: no data")
+    assert effects[-1] == Suspend()
 
 
 def test_an_update_after_a_failure_counts() -> None:
@@ -281,7 +293,7 @@ def test_a_new_attempt_without_enough_clients_waits_for_them_and_keeps_what_is_f
     run, _ = follow(spec, training(spec, "a", "b", "c"), UpdateArrived(1, "a"), gone("b"))
     run, effects = on(spec, run, DeadlinePassed(1, 1, Phase.TRAINING))
     assert (run.phase, run.cohort, run.folded, run.round) == (Phase.GATHERING, (), ("a",), 1)
-    assert effects == (Dismiss(("b", "c")),)
+    assert effects == (Dismiss((("b", 1), ("c", 1))),)
     run, effects = on(spec, run, here("d"))
     assert (run.phase, run.attempt, run.cohort, run.folded) == (Phase.TRAINING, 2, ("a", "c", "d"), ("a",))
     assert effects == (OpenSum(), Fold("a"), StartDeadline(3600), Ask(("c", "d")))
@@ -290,12 +302,22 @@ def test_a_new_attempt_without_enough_clients_waits_for_them_and_keeps_what_is_f
 def test_an_attempt_whose_whole_cohort_is_folded_already_commits_at_once() -> None:
     spec = make_spec(cohort={"min_clients": 2, "fraction": 0.5})
     run = training(spec, *(f"site-{number}" for number in range(6)))
-    assert len(run.cohort) == 3
+    assert (len(run.cohort), run.target) == (3, 3)
     run, _ = follow(spec, run, *(UpdateArrived(1, name) for name in run.cohort[:2]))
     run, _ = on(spec, run, gone(*(run.present - set(run.folded))))
     run, effects = on(spec, run, DeadlinePassed(1, 1, Phase.TRAINING))  # the two that are left are the next cohort
     assert (run.phase, run.attempt, run.cohort) == (Phase.COMMITTING, 2, run.folded)
     assert effects[1:] == (OpenSum(), *(Fold(name) for name in run.folded), CommitModel())
+
+
+def test_another_attempt_has_another_cohort_if_there_are_enough_others() -> None:
+    spec = make_spec(cohort={"min_clients": 4, "count": 2, "deadline_s": 9})
+    run = training(spec, "a", "b", "c", "d", "e")
+    first, second = run.cohort
+    run, _ = follow(spec, run, UpdateArrived(1, first), DeadlinePassed(1, 1, Phase.TRAINING))
+    assert first in run.cohort
+    assert second not in run.cohort
+    assert len(run.cohort) == 2
 
 
 # Coming and going -----------------------------------------------------------------------------------------------------
@@ -359,7 +381,7 @@ def test_the_deadline_ends_an_evaluation_with_what_has_come() -> None:
     spec = make_spec(evaluation__every=1)
     run, _ = on(spec, evaluating(spec, "a", "b"), EvaluationArrived(1, "b", score(3)))
     run, effects = on(spec, run, DeadlinePassed(1, 1, Phase.EVALUATING))
-    assert (run.phase, effects) == (Phase.FINISHED, (Dismiss(("a",)), closed(1, (3, 0, 1)), EndRun()))
+    assert (run.phase, effects) == (Phase.FINISHED, (closed(1, (3, 0, 1)), Dismiss((("a", 1),)), EndRun()))
 
 
 def test_an_evaluator_that_connects_anew_is_asked_again() -> None:
@@ -487,6 +509,8 @@ def in_phase(phase: Phase) -> tuple[RunSpec, Run]:
             return spec, follow(spec, run, UpdateArrived(1, "b"), UpdateArrived(1, "a"))[0]
         case Phase.EVALUATING:
             return spec, evaluating(spec, "a", "b")
+        case Phase.PAUSED:
+            return spec, follow(spec, run, UpdateArrived(1, "a"), PauseRequested())[0]
         case _:
             return spec, replace(run, phase=phase)
 
@@ -497,7 +521,8 @@ def test_a_run_can_be_stopped_anywhere(phase: Phase) -> None:
     assert run.phase is phase
     state, effects = on(spec, run, StopRequested())
     assert (state.phase, state.reason) == (Phase.STOPPED, "stopped by the operator")
-    assert effects == (Dismiss(run.pending), EndRun())
+    working = (Dismiss(run.working),) if run.working else ()
+    assert effects == (*working, EndRun())
 
 
 @pytest.mark.parametrize("phase", [one for one in Phase if one not in ENDED])
@@ -505,11 +530,21 @@ def test_what_breaks_a_run_is_its_reason(phase: Phase) -> None:
     spec, run = in_phase(phase)
     state, effects = on(spec, run, Broken("the disk is full"))
     assert (state.phase, state.reason) == (Phase.FAILED, f"round {run.round}, {phase.value}: the disk is full")
-    assert effects == (Dismiss(run.pending), EndRun())
+    working = (Dismiss(run.working),) if run.working else ()
+    assert effects == (*working, EndRun())
+
+
+@pytest.mark.parametrize("phase", [one for one in Phase if one not in ENDED])
+def test_what_hinders_a_run_for_a_while_pauses_it(phase: Phase) -> None:
+    spec, run = in_phase(phase)
+    state, effects = on(spec, run, Broken("the disk is full", passing=True))
+    told = f"round {run.round}, {phase.value}: the disk is full; `seqfed resume` tries again"
+    assert (state.phase, state.reason, effects[-1]) == (Phase.PAUSED, told, Suspend())
+    assert (state.folded, state.late) == (run.folded, run.late)
 
 
 def test_a_restart_while_waiting_changes_nothing() -> None:
-    for phase in (Phase.QUEUED, Phase.GATHERING):
+    for phase in (Phase.QUEUED, Phase.GATHERING, Phase.PAUSED):
         spec, run = in_phase(phase)
         run = load_state(dump_state(run))
         assert on(spec, run, Restarted()) == (run, ())
@@ -630,18 +665,24 @@ def test_a_second_update_is_a_duplicate() -> None:
 # The cohort -----------------------------------------------------------------------------------------------------------
 
 
+def cohort(spec: RunSpec, number: int, attempt: int, names: Iterable[str]) -> tuple[str, ...]:
+    """Who is asked of these in this attempt at this round."""
+    pool = tuple(names)
+    return choose(spec, Run(round=number, attempt=attempt - 1, target=spec.cohort.size(len(pool))), pool)
+
+
 def test_the_cohort_depends_on_seed_round_and_attempt_only() -> None:
     spec = make_spec(seed=7, cohort={"min_clients": 1, "count": 5})
     names = [f"site-{number:02}" for number in range(20)]
-    drawn = choose(spec, 3, 1, names)
+    drawn = cohort(spec, 3, 1, names)
     assert drawn == tuple(sorted(drawn))
     assert len(set(drawn)) == 5
     assert set(drawn) <= set(names)
     for number in range(5):
         random.Random(number).shuffle(names)  # noqa: S311 - not a secret
-        assert choose(spec, 3, 1, names) == drawn
-        assert choose(spec, 3, 1, frozenset(names)) == drawn
-    others = {choose(spec, 3, 2, names), choose(spec, 4, 1, names), choose(make_spec(**again(spec)), 3, 1, names)}
+        assert cohort(spec, 3, 1, names) == drawn
+        assert cohort(spec, 3, 1, frozenset(names)) == drawn
+    others = {cohort(spec, 3, 2, names), cohort(spec, 4, 1, names), cohort(make_spec(**again(spec)), 3, 1, names)}
     assert len({drawn, *others}) == 4
 
 
@@ -652,7 +693,7 @@ def again(spec: RunSpec) -> dict[str, Any]:
 def test_every_client_is_drawn_about_as_often() -> None:
     spec = make_spec(cohort={"min_clients": 1, "count": 3})
     names, draws = [f"site-{number}" for number in range(10)], 2000
-    counts = Counter(name for number in range(draws) for name in choose(spec, number, 1, names))
+    counts = Counter(name for number in range(draws) for name in cohort(spec, number, 1, names))
     expected = draws * 3 / 10
     square = sum((counts[name] - expected) ** 2 / expected for name in names)
     assert square < 35  # chi-square with 9 degrees of freedom is above 35 once in 17,000 times
@@ -661,7 +702,7 @@ def test_every_client_is_drawn_about_as_often() -> None:
 def test_a_fraction_of_those_present_is_drawn_but_never_too_few() -> None:
     names = [f"site-{number}" for number in range(10)]
     for fraction, size in ((0.5, 5), (0.01, 2), (1.0, 10)):
-        assert len(choose(make_spec(cohort={"min_clients": 2, "fraction": fraction}), 1, 1, names)) == size
+        assert len(cohort(make_spec(cohort={"min_clients": 2, "fraction": fraction}), 1, 1, names)) == size
 
 
 # Any events in any order ----------------------------------------------------------------------------------------------
@@ -676,10 +717,12 @@ class Model:
         self.spec = spec
         self.run = Run()
         self.sum: list[str] | None = None
-        self.asked: set[str] = set()
+        self.asked: set[tuple[str, int]] = set()  # (client, round) of those at work
+        self.counted: set[tuple[str, int]] = set()  # of the updates in committed models
         self.models: list[tuple[str, ...]] = []
         self.closed: list[int] = []
         self.ended = False
+        self.restarting = False  # it asks those again that had failed
 
     def give(self, event: Event) -> bool:
         """Give the machine this event; False if it refused, having changed nothing."""
@@ -696,6 +739,19 @@ class Model:
         if state.round == before.round and state.phase not in ENDED:
             assert state.attempt >= before.attempt
         self.run = state
+        match event:
+            case UpdateArrived(round=number, client=client) | TaskFailed(round=number, client=client):
+                self.asked.discard((client, number))
+            case EvaluationArrived(round=number, client=client):
+                self.asked.discard((client, number))
+            case ClientsChanged(arrived=arrived, working=working):
+                self.asked -= {one for one in self.asked if one[0] in arrived and one not in working}
+            case ModelCommitted(round=number):
+                self.counted |= {*((name, number) for name in before.folded), *before.late}
+            case _:
+                pass
+        if state.phase is not before.phase and state.phase is not Phase.COMMITTING:
+            self.asked = {one for one in self.asked if one in {*before.working, *state.working}}
         for effect in effects:
             self.perform(effect)
         self.check()
@@ -712,17 +768,31 @@ class Model:
             case Ask(clients):
                 assert set(clients) <= set(self.run.cohort)
                 assert not set(clients) & set(self.run.folded if self.run.phase is Phase.TRAINING else ())
-                self.asked |= set(clients)
+                assert not set(clients) & {name for name, _ in self.run.owing}, "asked while it owes"
+                fresh = self.run.phase is Phase.TRAINING and not set(clients) <= {name for name, _ in self.asked}
+                if self.spec.asynchronous is not None and fresh and not self.restarting:
+                    assert len(self.run.awaited) + len(self.run.owing) <= self.spec.asynchronous.concurrency
+                self.asked |= {(client, self.run.round) for client in clients}
             case Dismiss(clients):
                 self.asked -= set(clients)
             case CommitModel():
                 assert self.sum is not None
-                assert sorted(self.sum) == sorted(self.run.folded), "each folded client once"
-                assert len(self.sum) >= self.spec.cohort.needed(len(self.run.cohort))
+                late = [name for name, _ in self.run.late]
+                assert sorted(self.sum) == sorted((*self.run.folded, *late)), "each folded client once"
+                assert len(self.sum) >= max(1, self.spec.cohort.needed(self.run.target))
+                updates = {*((name, self.run.round) for name in self.run.folded), *self.run.late}
+                assert not updates & self.counted, "an update counted in two rounds"
+                assert all(0 < self.run.round - base <= self.spec.cohort.max_staleness for _, base in self.run.late)
                 self.models.append(tuple(self.sum))
                 self.sum = None
             case CloseRound(number):
                 self.closed.append(number)
+            case Suspend():
+                assert self.run.phase is Phase.PAUSED
+                self.sum = None
+                assert not self.asked, "somebody still works for a paused run"
+            case Hasten(seconds):
+                assert seconds == self.spec.cohort.grace_s
             case EndRun():
                 assert not self.ended
                 self.ended = True
@@ -732,12 +802,17 @@ class Model:
         assert len(set(run.folded)) == len(run.folded)
         if run.phase in {Phase.TRAINING, Phase.COMMITTING}:
             assert set(run.folded) <= set(run.cohort)
-            assert len(run.cohort) >= (self.spec.cohort.count or self.spec.cohort.min_clients)
+            if not self.spec.folds_late:
+                assert len(run.cohort) >= (self.spec.cohort.count or self.spec.cohort.min_clients)
+        owing = [name for name, _ in run.owing]
+        assert len(set(owing)) == len(owing)
+        assert not set(owing) & {*(name for name, _ in run.late), *run.pending}
+        assert self.spec.folds_late or not (run.owing or run.late)
         if run.phase is Phase.TRAINING:
             assert self.sum is not None
-            assert sorted(self.sum) == sorted(run.folded)
-            assert run.pending, "an attempt that waits for nobody"
-            assert set(run.pending) <= self.asked
+            assert sorted(self.sum) == sorted((*run.folded, *(name for name, _ in run.late)))
+            assert run.awaited or (self.spec.asynchronous and run.owing), "an attempt that waits for nobody"
+            assert {(name, run.round) for name in run.pending} <= self.asked
         assert self.ended == (run.phase in ENDED)
         assert self.closed == list(range(1, len(self.closed) + 1))
         assert load_state(dump_state(run)) == replace(run, present=frozenset())
@@ -746,9 +821,12 @@ class Model:
         """The daemon dies and begins again; only what the store holds is left."""
         if self.run.phase not in ENDED:
             self.run, self.sum, self.asked = load_state(dump_state(self.run)), None, set()
-            cohort, folded = self.run.cohort, self.run.folded
+            before = self.run
+            self.restarting = True
             assert self.give(Restarted())
-            assert (self.run.cohort, self.run.folded) == (cohort, folded)
+            self.restarting = False
+            assert set(before.cohort) <= set(self.run.cohort)
+            assert (self.run.folded, self.run.late) == (before.folded, before.late)
 
     def finish(self) -> None:
         """All clients are there and answer what they are asked; a run that can be finished must then finish."""
@@ -760,7 +838,10 @@ class Model:
                 case Phase.GATHERING:
                     assert self.give(ClientsChanged(arrived=NAMES))
                 case Phase.TRAINING:
-                    assert self.give(UpdateArrived(run.round, run.pending[0]))
+                    client, base = run.working[0]
+                    assert self.give(UpdateArrived(base, client, 1.0))
+                case Phase.PAUSED:
+                    assert self.give(ResumeRequested())
                 case Phase.COMMITTING:
                     models = len(self.models)
                     assert models >= 1
@@ -772,24 +853,29 @@ class Model:
         raise AssertionError(f"stuck: {self.run}")
 
 
-SPECS = st.builds(
-    lambda rounds, least, quorum, count, attempts, every: make_spec(
-        rounds=rounds,
-        cohort={
-            "min_clients": least,
-            "max_attempts": attempts,
-            **({"quorum": min(quorum, least)} if quorum else {}),
-            **({"count": max(count, quorum)} if count else {}),
-        },
-        evaluation__every=every,
-    ),
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(0, 2),
-    st.integers(0, 3),
-    st.integers(1, 3),
-    st.integers(0, 2),
-)
+@st.composite
+def specs(draw: st.DrawFn) -> RunSpec:
+    """Any policy over few rounds and clients."""
+    least, quorum = draw(st.integers(1, 3)), draw(st.integers(0, 2))
+    cohort: dict[str, Any] = {
+        "min_clients": least,
+        "max_attempts": draw(st.integers(1, 3)),
+        "max_staleness": draw(st.integers(1, 3)),
+        "late": draw(st.sampled_from(("drop", "fold"))),
+        "adaptive": draw(st.sampled_from((None, 2.0))),
+    }
+    tables: dict[str, Any] = {}
+    if draw(st.booleans()):
+        buffer = draw(st.integers(1, least))
+        tables["asynchronous"] = {"buffer": buffer, "concurrency": draw(st.integers(buffer, 4))}
+        least = buffer
+    else:
+        count = draw(st.integers(0, 3))
+        cohort |= {"count": max(count, quorum)} if count else {}
+        cohort["over_select"] = draw(st.sampled_from((1.0, 1.0, 1.4)))
+    if quorum:
+        cohort |= {"quorum": min(quorum, least), "grace_s": draw(st.sampled_from((None, 5.0)))}
+    return make_spec(rounds=draw(st.integers(1, 3)), cohort=cohort, evaluation__every=draw(st.integers(0, 2)), **tables)
 
 
 @st.composite
@@ -797,7 +883,9 @@ def moves(draw: st.DrawFn) -> Any:
     """What happens next: an event that is likely to mean something, or any event at all."""
     name, shift = draw(st.sampled_from(NAMES)), draw(st.sampled_from((0, 0, 0, 0, 1, -1)))
     return draw(
-        st.sampled_from(("answer", "answer", "answer", "come", "come", "go", "fail", "late", "crash", "any"))
+        st.sampled_from(
+            (*["answer"] * 4, "come", "come", "back", "go", "fail", "late", "silent", "heard", "pause", "crash", "any")
+        )
     ), (
         name,
         shift,
@@ -807,35 +895,50 @@ def moves(draw: st.DrawFn) -> Any:
 
 def make_move(model: Model, kind: str, name: str, shift: int, any_event: type) -> None:
     run = model.run
+    if kind == "crash":
+        model.crash()
+    elif kind == "answer":
+        model.give(answer(run, name, shift))
+    elif kind == "any":
+        frequent = any_event not in {Restarted, ModelCommitted, StopRequested, Broken}
+        if frequent or (any_event in {StopRequested, Broken} and shift == 1):
+            model.give(EVENTS[any_event])
+        elif any_event in {StopRequested, Broken}:
+            return
+        else:
+            model.give(answer(run, name, shift))
+    else:
+        model.give(
+            {
+                "come": ClientsChanged(arrived=(name,)),
+                "back": ClientsChanged(arrived=(name,), working=tuple(one for one in run.working if one[0] == name)),
+                "go": ClientsChanged(left=(name,)),
+                "silent": Silence(name),
+                "heard": Silence(name, over=True),
+                "pause": PauseRequested() if shift else ResumeRequested(),
+                "fail": TaskFailed(run.round + shift, name, "x"),
+                "late": DeadlinePassed(run.round + shift, run.attempt, run.phase),
+            }[kind]
+        )
+
+
+def answer(run: Run, name: str, shift: int) -> Event:
+    """What this client or the store would say next; with a shift of another round."""
     number = run.round + shift
-    match kind:
-        case "come":
-            model.give(ClientsChanged(arrived=(name,)))
-        case "go":
-            model.give(ClientsChanged(left=(name,)))
-        case "fail":
-            model.give(TaskFailed(number, name, "x"))
-        case "late":
-            model.give(DeadlinePassed(number, run.attempt, run.phase))
-        case "crash":
-            model.crash()
-        case "any" if any_event not in {Restarted, ModelCommitted, StopRequested, Broken}:
-            model.give(EVENTS[any_event])
-        case "any" if any_event in {StopRequested, Broken} and shift == 1:
-            model.give(EVENTS[any_event])
+    match run.phase:
+        case Phase.QUEUED:
+            return Turn()
+        case Phase.EVALUATING if name not in dict(run.owing):
+            return EvaluationArrived(number, name, score(1))
+        case Phase.COMMITTING:
+            return ModelCommitted(number)
         case _:
-            if run.phase is Phase.QUEUED:
-                model.give(Turn())
-            elif run.phase is Phase.EVALUATING:
-                model.give(EvaluationArrived(number, name, score(1)))
-            elif run.phase is Phase.COMMITTING:
-                model.give(ModelCommitted(number))
-            else:
-                model.give(UpdateArrived(number, name))
+            owed = dict(run.owing).get(name)
+            return UpdateArrived(number if owed is None or shift else owed, name, 2.0)
 
 
 @settings(max_examples=300)
-@given(SPECS, st.lists(moves(), max_size=60))
+@given(specs(), st.lists(moves(), max_size=60))
 def test_the_invariants_hold_under_any_events(spec: RunSpec, steps: list[Any]) -> None:
     model = Model(spec)
     model.give(ClientsChanged(arrived=NAMES[:3]))
@@ -844,13 +947,14 @@ def test_the_invariants_hold_under_any_events(spec: RunSpec, steps: list[Any]) -
     model.finish()
     assert model.run.phase in ENDED
     if model.run.phase is Phase.FINISHED:
+        assert not model.run.owing
         assert model.closed == list(range(1, spec.rounds + 1))
         assert len(model.models) >= spec.rounds
     for event in EVENTS.values():
         assert not model.give(event)
 
 
-@given(SPECS, st.lists(moves(), max_size=40))
+@given(specs(), st.lists(moves(), max_size=40))
 def test_the_state_is_the_whole_truth(spec: RunSpec, steps: list[Any]) -> None:
     """What is saved and loaded before each step is what was there, but for who is present."""
     model = Model(spec)

@@ -16,6 +16,8 @@ def test_left_out_they_are_safe() -> None:
     settings = ServerSettings()
     assert (settings.host, settings.insecure, settings.state) == ("127.0.0.1", False, None)
     assert settings.port == 7733
+    assert (settings.database, settings.models, settings.standby, settings.lease_s) == (None, None, False, 10)
+    assert (settings.joins_per_s, settings.max_streams, settings.uploads_waiting) == (200, 32, 1000)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,12 @@ def test_left_out_they_are_safe() -> None:
         ({"port": "many"}, "'port' = 'many'"),
         ({"uploads_in_flight": 0}, "'uploads_in_flight' = 0"),
         ({"max_clients": 0}, "'max_clients' = 0"),
+        ({"uploads_waiting": 0}, "'uploads_waiting' = 0"),
+        ({"joins_per_s": 0}, "'joins_per_s' = 0"),
+        ({"max_streams": 3}, "'max_streams' = 3"),
+        ({"progress_s": -1}, "'progress_s' = -1"),
+        ({"lease_s": 0.5}, "'lease_s' = 0.5"),
+        ({"lease_s": 3601}, "'lease_s' = 3601"),
         ({"max_model_bytes": 0}, "'max_model_bytes' = 0"),
         ({"prot": 1}, "unknown key 'prot'; did you mean 'port'?"),
     ],
@@ -42,6 +50,8 @@ def test_a_file_may_say_everything_and_flags_win(tmp_path: Path) -> None:
     path.write_text(
         'host = "localhost"\nport = 1\nstate = "state"\ninsecure = true\nuploads_in_flight = 2\nmax_clients = 3\n'
         "upload_stall_s = 5.5\nmax_model_bytes = 4\n"
+        'database = "postgresql://db/runs"\nmodels = "s3://models"\nstandby = true\nlease_s = 30\n'
+        "joins_per_s = 7\nmax_streams = 8\nuploads_waiting = 9\nprogress_s = 0.5\n"
     )
     settings = load_toml(ServerSettings, path, {"port": 5, "host": None})
     assert settings == ServerSettings(
@@ -53,6 +63,14 @@ def test_a_file_may_say_everything_and_flags_win(tmp_path: Path) -> None:
         upload_stall_s=5.5,
         max_clients=3,
         max_model_bytes=4,
+        database="postgresql://db/runs",
+        models="s3://models",
+        standby=True,
+        lease_s=30,
+        joins_per_s=7,
+        max_streams=8,
+        uploads_waiting=9,
+        progress_s=0.5,
     )
     assert set(settings.model_fields_set) == set(ServerSettings.model_fields)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from blake3 import blake3
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from seqfed.client.channel import ANSWER_S, connected, raising
+from seqfed.client.settings import each_server
 from seqfed.common import checkpoint, views, wire
-from seqfed.common.errors import BrokenTransfer, CheckpointError
+from seqfed.common.errors import BrokenTransfer, CheckpointError, ServerUnavailable
 from seqfed.common.spec import RunSpec
 from seqfed.common.transfer import CHUNK_BYTES
 from seqfed.v1 import admin_pb2
@@ -23,12 +25,34 @@ from seqfed.v1.federation_pb2 import Chunk
 
 
 class Operator:
-    """The calls over one channel. Every method raises the typed error of `channel.raising`."""
+    """The calls to one server at a time. Every method raises the typed error of `channel.raising`.
 
-    def __init__(self, channel: grpc.aio.Channel, address: str) -> None:
+    `others`: channels to the servers that may take this one's place, with their addresses.
+    """
+
+    def __init__(
+        self, channel: grpc.aio.Channel, address: str, others: Sequence[tuple[grpc.aio.Channel, str]] = ()
+    ) -> None:
+        self._servers = collections.deque([(channel, address), *others])
+        self._use()
+
+    def _use(self) -> None:
+        channel, self._address = self._servers[0]
         self._stub = AdminStub(channel)
         self._health: Any = health_pb2_grpc.HealthStub(channel)  # its stub declares no methods
-        self._address = address
+
+    def turn(self) -> None:
+        """Go on with the next server."""
+        self._servers.rotate(-1)
+        self._use()
+
+    async def choose(self) -> None:
+        """Go on with the first server, from the present one on, that says that it serves; with the last if none does."""
+        for _ in range(len(self._servers) - 1):
+            with contextlib.suppress(ServerUnavailable):
+                if await self.healthy():
+                    return
+            self.turn()
 
     async def submit(self, spec: RunSpec, initial: Path | None) -> views.RunView:
         """Queue a run, from its seed or from this safetensors file."""
@@ -83,6 +107,17 @@ class Operator:
         with raising(self._address):
             return wire.run_from_wire(await self._stub.StopRun(admin_pb2.StopRunRequest(run=run), timeout=ANSWER_S))
 
+    async def pause(self, run: str) -> views.RunView:
+        """Dismiss a run's clients and keep it as it is."""
+        with raising(self._address):
+            return wire.run_from_wire(await self._stub.PauseRun(admin_pb2.PauseRunRequest(run=run), timeout=ANSWER_S))
+
+    async def resume(self, run: str) -> views.RunView:
+        """Queue a paused run again."""
+        with raising(self._address):
+            request = admin_pb2.ResumeRunRequest(run=run)
+            return wire.run_from_wire(await self._stub.ResumeRun(request, timeout=ANSWER_S))
+
     async def clients(self) -> list[views.ClientView]:
         """Every client that the server has seen."""
         with raising(self._address):
@@ -109,9 +144,13 @@ class Operator:
 
 @contextlib.asynccontextmanager
 async def operating(address: str, insecure: bool) -> AsyncIterator[Operator]:
-    """An operator of the server at HOST:PORT."""
-    async with connected(address, insecure) as channel:
-        yield Operator(channel, address)
+    """An operator of the server at HOST:PORT; at HOST:PORT,HOST:PORT of the first that serves."""
+    servers = each_server(address)
+    async with contextlib.AsyncExitStack() as stack:
+        lines = [(await stack.enter_async_context(connected(one, insecure)), one) for one in servers]
+        operator = Operator(*lines[0], lines[1:])
+        await operator.choose()
+        yield operator
 
 
 def _digest(path: Path) -> tuple[bytes, int]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from seqfed.client.data_flags import DataTable, with_data_flags
+
+if TYPE_CHECKING:
+    from seqfed.client.session import Session
 
 
 @functools.partial(with_data_flags, splitting=True)
@@ -16,7 +19,10 @@ def client(
     data: DataTable,
     config: Annotated[Path | None, typer.Argument(help="client.toml; flags win over it")] = None,
     server: Annotated[
-        str | None, typer.Option(envvar="SEQFED_SERVER", help="HOST:PORT of the server [127.0.0.1:7733].")
+        str | None,
+        typer.Option(
+            envvar="SEQFED_SERVER", help="HOST:PORT of the server, or HOST:PORT,HOST:PORT of several [127.0.0.1:7733]."
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option(envvar="SEQFED_NAME", help="Name within the federation [this host's name].")
@@ -33,14 +39,16 @@ def client(
     insecure: Annotated[
         bool, typer.Option("--insecure", envvar="SEQFED_INSECURE", help="Allow plaintext off the loopback interface.")
     ] = False,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", envvar="SEQFED_LOG_JSON", help="Log a JSON object a line instead of text.")
+    ] = False,
 ) -> None:
     """Take part in a federation with the data in a file. The data never leave this process.
 
     Dials the server, waits for its tasks, trains, sends back updates; comes back by itself when the server was away.
+    Ctrl-C stops it; what it was at is begun anew when it comes back. A second Ctrl-C does not wait for the batch in hand.
     What a run would see of a file: seqfed data check FILE.
     """
-    import asyncio
-    import signal
     import socket
 
     from seqfed.client import identity
@@ -48,7 +56,7 @@ def client(
     from seqfed.client.session import Session
     from seqfed.client.settings import ClientSettings
     from seqfed.client.work import Workshop
-    from seqfed.common import addresses, loop
+    from seqfed.common import addresses
     from seqfed.common.config import load_toml, validate
     from seqfed.common.errors import ConfigError
     from seqfed.common.logs import set_up
@@ -62,6 +70,7 @@ def client(
         "device": device,
         "allow_custom": allow_custom or None,
         "insecure": insecure or None,
+        "log_json": log_json or None,
     }
     if config is not None:
         settings = load_toml(ClientSettings, config, flags, tables={"data": data})
@@ -71,12 +80,13 @@ def client(
         given = {key: value for key, value in flags.items() if value is not None}
         settings = validate(ClientSettings, {**given, "data": data}, "flags")
     own_name = check_client_name(settings.name or socket.gethostname())
-    addresses.require_private(addresses.parse(settings.server)[0], settings.insecure)
+    for one in settings.server:
+        addresses.require_private(addresses.parse(one)[0], settings.insecure)
     if settings.device == "cuda":  # now, not at the first task
         from seqfed.client.network import device_of
 
         device_of("cuda")
-    set_up()
+    set_up(settings.log_json)
     workshop = Workshop(
         own_name,
         open_source(settings.data),
@@ -87,11 +97,33 @@ def client(
     instance = identity.take(settings.state, own_name)
     session = Session(workshop, settings.server, instance, settings.insecure)
 
+    take_part(session)
+
+
+def take_part(session: Session) -> None:
+    """Run the session until SIGTERM or Ctrl-C, which let a batch of training end; a second signal ends the process at once."""
+    import asyncio
+    import logging
+    import os
+    import signal
+
+    from seqfed.common import loop
+
     async def run() -> None:
         task = asyncio.current_task()
         assert task is not None
+        asked = False
+
+        def stop() -> None:
+            nonlocal asked
+            if asked:
+                os._exit(130)
+            asked = True
+            logging.getLogger("seqfed.client").info("stopping; a second signal stops at once")
+            task.cancel()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+            asyncio.get_running_loop().add_signal_handler(number, stop)
         try:
             await session.run()
         except asyncio.CancelledError:

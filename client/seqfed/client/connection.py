@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Final
 
 import grpc
 
@@ -11,9 +13,13 @@ from seqfed.client.channel import ANSWER_S, raising
 from seqfed.common import views, wire
 from seqfed.common.errors import ConfigError, SeqfedError, VersionMismatch
 from seqfed.common.schema import DataSchema
-from seqfed.common.transfer import Reassembly, split
+from seqfed.common.transfer import CHUNK_BYTES, Reassembly, split
 from seqfed.v1 import federation_pb2
 from seqfed.v1.federation_pb2_grpc import FederationStub
+
+AHEAD: Final = 2  # chunks: one arrives while the other follows
+AGAIN_S: Final = 0.25  # seconds from one look at what has arrived to the next
+LONGEST_SPREAD: Final = 600.0  # seconds; a server that asks for more is not obeyed
 
 
 class Connection:
@@ -24,18 +30,23 @@ class Connection:
         self._address = address
         self._metadata: tuple[tuple[str, str], ...] = ()
 
-    async def join(self, client: str, instance: str, schema: DataSchema) -> None:
-        """Say hello; every other method needs it."""
+    async def join(self, client: str, instance: str, schema: DataSchema, working: views.TaskKey | None = None) -> float:
+        """Say hello; every other method needs it. `working`: the task in hand, which goes on.
+
+        Returns over how many seconds to spread the next dialling if this server is lost, so that not all come back at once.
+        """
         request = federation_pb2.JoinRequest(
             protocol=wire.PROTOCOL,
             client=client,
             instance=instance,
             software=seqfed.client.__version__,
             data_schema=schema.model_dump_json().encode(),
+            working=None if working is None else wire.key_to_wire(working),
         )
         with raising(self._address):
             reply = await self._stub.Join(request, timeout=ANSWER_S)
         self._metadata = ((wire.SESSION_METADATA, reply.session),)
+        return reply.spread_s if 0 < reply.spread_s < LONGEST_SPREAD else 0.0
 
     async def listen(self) -> AsyncIterator[views.Task]:
         """The server's tasks, until the stream ends; one that this version does not understand is declined."""
@@ -51,9 +62,12 @@ class Connection:
                     continue
                 yield task
 
-    async def fetch_model(self, run: str, version: int, into: Reassembly) -> None:
-        """The model's bytes from where `into` stands to their end, checked; at a break, `into` keeps what has come."""
-        request = federation_pb2.FetchModelRequest(run=run, version=version, offset=into.received)
+    async def fetch_model(self, run: str, version: int, into: Reassembly, size: int = CHUNK_BYTES) -> None:
+        """The model's bytes from where `into` stands to their end, checked, in chunks of `size` bytes.
+
+        At a break, `into` keeps what has come.
+        """
+        request = federation_pb2.FetchModelRequest(run=run, version=version, offset=into.received, chunk_bytes=size)
         with raising(self._address):
             async for chunk in self._stub.FetchModel(request, metadata=self._metadata):
                 into.add(chunk.offset, chunk.data)
@@ -66,12 +80,31 @@ class Connection:
             reply = await self._stub.UploadStatus(request, metadata=self._metadata, timeout=ANSWER_S)
         return reply.received_bytes, reply.complete
 
-    async def submit_update(self, header: views.UpdateHeader, delta: memoryview) -> bool:
-        """Send the update from header.offset on; True if the server had counted it already."""
+    async def submit_update(
+        self,
+        header: views.UpdateHeader,
+        delta: memoryview,
+        size: int = CHUNK_BYTES,
+        sent: Callable[[int], None] = lambda _: None,
+    ) -> bool:
+        """Send the update from header.offset on, in chunks of `size` bytes; True if the server had counted it already.
+
+        Of chunks smaller than CHUNK_BYTES, which is what a slow link has, no more than AHEAD are on their way: gRPC would
+        put megabytes into the system's buffers, where pings wait behind them until the connection is taken for dead.
+
+        sent: told how many of its bytes have been handed to the connection.
+        """
 
         async def parts() -> AsyncIterator[federation_pb2.SubmitUpdateRequest]:
             yield federation_pb2.SubmitUpdateRequest(header=wire.header_to_wire(header))
-            for offset, data in split(delta, header.offset):
+            there = header.offset
+            for offset, data in split(delta, header.offset, size):
+                while size < CHUNK_BYTES and offset - there >= AHEAD * size:
+                    before = there
+                    there, _ = await self.upload_status(header.key, header.digest)
+                    if there <= before:  # it waits for room at the server, or for a link slower than was thought
+                        await asyncio.sleep(AGAIN_S)
+                sent(offset)
                 request = federation_pb2.SubmitUpdateRequest()  # a Chunk made apart would be copied into it
                 request.chunk.offset, request.chunk.data = offset, data
                 yield request
@@ -86,6 +119,12 @@ class Connection:
         with raising(self._address):
             reply = await self._stub.SubmitEvaluation(request, metadata=self._metadata, timeout=ANSWER_S)
         return reply.duplicate
+
+    async def report_progress(self, key: views.TaskKey, progress: views.Progress) -> None:
+        """Tell the server how far the task is; raises WrongRound, RunEnded, NoModel or UnknownRun if it is not wanted."""
+        request = wire.progress_to_wire(key, progress)
+        with raising(self._address):
+            await self._stub.ReportProgress(request, metadata=self._metadata, timeout=ANSWER_S)
 
     async def report_failure(self, key: views.TaskKey, error: SeqfedError) -> None:
         """Tell the server that the task cannot be done."""

@@ -1,8 +1,9 @@
-"""The operator's commands: submit, runs, watch, metrics, stop, clients, export, health."""
+"""The operator's commands: submit, runs, watch, metrics, pause, resume, stop, clients, export, health."""
 
 from __future__ import annotations
 
 import atexit
+import sys
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from pathlib import Path
@@ -13,10 +14,13 @@ import typer
 if TYPE_CHECKING:
     from seqfed.client.admin import Operator
     from seqfed.common.spec import RunSpec
+    from seqfed.common.views import RunView
 
 T = TypeVar("T")
 
-Server = Annotated[str, typer.Option(envvar="SEQFED_SERVER", help="HOST:PORT of the server.")]
+Server = Annotated[
+    str, typer.Option(envvar="SEQFED_SERVER", help="HOST:PORT of the server, or HOST:PORT,HOST:PORT of several.")
+]
 Insecure = Annotated[
     bool, typer.Option("--insecure", envvar="SEQFED_INSECURE", help="Allow plaintext off the loopback interface.")
 ]
@@ -62,9 +66,6 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Queue a run described by a TOML file. It starts when its turn has come and its clients are there."""
-    import json
-
-    from seqfed.client.shown import run_dict
     from seqfed.client.watching import follow
     from seqfed.common.config import load_toml
     from seqfed.common.metrics import require_metric
@@ -79,15 +80,17 @@ def submit(
     async def call(operator: Operator) -> bool:
         view = await operator.submit(spec, initial)
         if not wait:
-            print(
-                json.dumps(run_dict(view)) if as_json else f"run {view.run} ({view.name}): {view.phase}: {view.reason}"
-            )
+            _tell(view, as_json)
             return True
-        last = await follow(operator, view.run, as_json=as_json)
+        last = await follow(operator, view.run, as_json=as_json, paused=_say_paused)
         return last.phase == "finished"
 
     if not _on_server(server, insecure, call):
         raise typer.Exit(1)
+
+
+def _say_paused(view: RunView) -> None:
+    print(f"seqfed: run {view.run} is paused: {view.reason}", file=sys.stderr)
 
 
 def custom_run(spec: RunSpec, initial: Path | None) -> tuple[RunSpec, Path]:
@@ -158,13 +161,26 @@ def metrics(
         history.draw(view, plot)
 
 
+def pause(run: RunName, server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
+    """Hold a run where it is: its clients are free for other runs, and what they have sent stays."""
+    _tell(_on_server(server, insecure, lambda operator: operator.pause(run)), as_json)
+
+
+def resume(run: RunName, server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
+    """Queue a paused run again; it goes on in the round in which it was paused."""
+    _tell(_on_server(server, insecure, lambda operator: operator.resume(run)), as_json)
+
+
 def stop(run: RunName, server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
     """End a run; the model of its last finished round stays."""
+    _tell(_on_server(server, insecure, lambda operator: operator.stop(run)), as_json)
+
+
+def _tell(view: RunView, as_json: bool) -> None:
     import json
 
     from seqfed.client.shown import run_dict
 
-    view = _on_server(server, insecure, lambda operator: operator.stop(run))
     print(json.dumps(run_dict(view)) if as_json else f"run {view.run} ({view.name}): {view.phase}: {view.reason}")
 
 

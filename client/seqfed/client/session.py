@@ -1,7 +1,13 @@
 """The client's life: join, listen, work, and come back after every loss of connection without losing the work in hand.
 
-Two coroutines: one keeps the connection, the other does the tasks and waits for a connection whenever it needs one. A loss
-of connection therefore never stops a training, and an upload goes on at the byte where it broke.
+Two coroutines: one keeps the connection, to whichever of the servers answers; the other does the tasks and waits for a
+connection whenever it needs one. A loss of connection therefore never stops a training, and an upload goes on at the byte
+where it broke.
+
+Which task counts. One is in hand, others may wait. A training puts an end to whatever is in hand and empties the queue: the
+federation has gone on. An evaluation waits for its turn behind a training in hand, because that training may still be wanted
+(its update may count late); if it is not, the server says so, by CANCEL or by refusing its progress. A CANCEL ends its own
+task wherever that is. The same task again, perhaps for another attempt, is the one in hand.
 """
 
 from __future__ import annotations
@@ -9,11 +15,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import random
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
 
+import grpc
 import numpy as np
 
 from seqfed.client.channel import connected
@@ -26,246 +33,399 @@ from seqfed.common.errors import (
     DuplicateUpdate,
     InsecureRefused,
     InvalidName,
+    LeaseLost,
     NoModel,
+    Overloaded,
     RunEnded,
     SeqfedError,
     ServerUnavailable,
     StorageError,
     StorageFull,
     TrainingFailed,
+    UnknownRun,
     UnknownSession,
     VersionMismatch,
     WrongRound,
 )
 from seqfed.common.layout import BYTES_PER_PARAMETER, Flat
-from seqfed.common.transfer import Reassembly
-from seqfed.common.views import TaskKind
+from seqfed.common.logs import about
+from seqfed.common.transfer import Pace, Reassembly
+from seqfed.common.views import Progress, Stage, TaskKind
 
 log = logging.getLogger("seqfed.client")
 
 T = TypeVar("T")
+Dial = Callable[
+    [str, bool], contextlib.AbstractAsyncContextManager[grpc.aio.Channel]
+]  # (HOST:PORT, whether insecure is allowed)
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries
+BEAT_S: Final = 5.0  # seconds from one word about the progress to the next: a task shorter than that costs none
 HOPELESS = (ConfigError, InsecureRefused, InvalidName, VersionMismatch)  # trying again cannot help
-PASSING = (ServerUnavailable, UnknownSession, BrokenTransfer, StorageFull, StorageError)  # trying again may
-OUTDATED = (WrongRound, RunEnded, NoModel, DuplicateUpdate)  # the federation has gone on without this work
+BROKEN = (ServerUnavailable, BrokenTransfer)  # what a transfer ends with if the link does not carry it
+PASSING = (*BROKEN, UnknownSession, Overloaded, LeaseLost, StorageFull, StorageError)  # trying again may
+OUTDATED = (WrongRound, RunEnded, NoModel, UnknownRun, DuplicateUpdate)  # the federation has gone on without this work
+UNHURRIED = (
+    Stage.READING,
+    Stage.FETCHING,
+    Stage.SENDING,
+)  # told even if nothing moved: what they wait for is elsewhere
 
 
 class Backoff:
     """Waits that double up to a cap, each shortened by up to a half at random so that clients do not come in step."""
 
-    def __init__(self) -> None:
+    def __init__(self, rng: random.Random | None = None) -> None:
+        self._rng = random.Random() if rng is None else rng  # noqa: S311 - not a secret
         self._next = FIRST_WAIT
 
     def wait(self) -> float:
         """Seconds until the next try."""
         wait, self._next = self._next, min(2 * self._next, LONGEST_WAIT)
-        return wait * random.uniform(0.5, 1.0)  # noqa: S311 - not a secret
+        return wait * self._rng.uniform(0.5, 1.0)
 
     def reset(self) -> None:
         self._next = FIRST_WAIT
 
 
-class Session:
-    """One client and its server."""
+@dataclass(eq=False)
+class _Hand:
+    """The task in hand. `key` is of the newest attempt that it serves; `dropped` is done once it is not wanted any more."""
 
-    def __init__(self, workshop: Workshop, server: str, instance: str, insecure: bool) -> None:
+    task: views.Task
+    key: views.TaskKey
+    progress: Progress = field(default_factory=lambda: Progress(Stage.READING))
+    dropped: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def drop(self) -> None:
+        if not self.dropped.done():
+            self.dropped.set_result(None)
+
+    def tell(self, progress: Progress) -> None:
+        """Note how far it is; from any thread."""
+        self.progress = progress
+
+    def tell_wanted(self, progress: Progress) -> None:
+        """The same, for a computation that nothing else stops: raises _Overtaken if the task is not wanted."""
+        if self.dropped.done():
+            raise _Overtaken
+        self.progress = progress
+
+
+class Session:
+    """One client and its federation's servers, of which one at a time serves.
+
+    `dial` opens a channel to one of them; every wait is drawn from `rng` and measured by the running loop's clock.
+    """
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        servers: tuple[str, ...],
+        instance: str,
+        insecure: bool,
+        *,
+        dial: Dial = connected,
+        rng: random.Random | None = None,
+    ) -> None:
         self._workshop = workshop
-        self._server = server
+        self._servers = servers
         self._instance = instance
         self._insecure = insecure
-        self._connection: asyncio.Future[Connection] | None = None
-        self._next: asyncio.Queue[views.Task] = asyncio.Queue()
-        self._current: views.Task | None = None
-        self._cancelled = False
+        self._dial = dial
+        self._rng = random.Random() if rng is None else rng  # noqa: S311 - not a secret
+        self._connection: Connection | None = None
+        self._joined = asyncio.Event()  # set while there is a connection
+        self._hand: _Hand | None = None
+        self._waiting: list[views.Task] = []
+        self._offered = asyncio.Event()  # set while a task waits
+        self._pace = Pace()
         self._model: tuple[bytes, Flat] | None = None  # the newest model fetched, by its BLAKE3 digest
+        self._log = about(log, client=workshop.client)
 
     async def run(self) -> None:
         """Take part until cancelled; raises only what trying again cannot mend."""
-        self._connection = asyncio.get_running_loop().create_future()
-        worker = asyncio.create_task(self._work())
+        parts = [asyncio.ensure_future(part) for part in (self._keep_connected(), self._work())]
         try:
-            await self._keep_connected()
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)  # neither ends but by an error
+            for part in parts:
+                if part.done():
+                    part.result()
         finally:
-            self._cancelled = True
-            worker.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await worker
+            if self._hand is not None:
+                self._hand.drop()  # the thread that trains sees it after its batch
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
 
     # The connection -----------------------------------------------------------------------------------------------
 
     async def _keep_connected(self) -> None:
-        backoff, clock = Backoff(), asyncio.get_running_loop().time
-        stood = math.inf  # since when the connection has stood
+        """Dial the servers in turn. After a connection that stood, wait a random part of the spread that its server asked
+        for, since all the others have lost theirs too; after each time round the list without any, ever longer.
+        """
+        backoff, clock = Backoff(self._rng), asyncio.get_running_loop().time
+        place = failed = 0
         while True:
+            address = self._servers[place % len(self._servers)]
+            spread: float | None = None
+            began, settled = clock(), False
             try:
-                async with connected(self._server, self._insecure) as channel:
-                    connection = Connection(channel, self._server)
-                    await connection.join(self._workshop.client, self._instance, self._workshop.source.schema)
-                    log.info("connected to %s as '%s'; waiting for tasks", self._server, self._workshop.client)
+                async with self._dial(address, self._insecure) as channel:
+                    connection = Connection(channel, address)
+                    schema, working = self._workshop.source.schema, self._working()
+                    spread = await connection.join(self._workshop.client, self._instance, schema, working)
+                    began = clock()
+                    self._log.info("connected to %s; waiting for tasks", address)
                     self._have(connection)
-                    stood = clock()
-                    async for task in connection.listen():
-                        backoff.reset()
-                        self._offer(task)
-                    raise ServerUnavailable(f"the server at {self._server} ended the connection")
+                    try:
+                        async for task in connection.listen():
+                            settled = True
+                            self._offer(task)
+                    finally:
+                        self._have(None)
+                    raise ServerUnavailable(f"the server at {address} ended the connection")
             except HOPELESS:
                 raise
             except SeqfedError as error:  # whatever it is, it may be mended on the server's side
-                if clock() - stood > LONGEST_WAIT:  # a server that only flickers is not dialled ever faster
-                    backoff.reset()
-                stood = math.inf
-                wait = backoff.wait()
-                log.warning("%s; trying again in %.1f s", error, wait)
-                self._have(None)
+                stays = isinstance(error, Overloaded)  # it is the right one, only busy
+                if spread is None:
+                    failed += 1
+                    wait = backoff.wait() if stays or failed % len(self._servers) == 0 else 0.0
+                else:
+                    failed, wait = 0, self._rng.uniform(0.0, spread)
+                    if settled or clock() - began > LONGEST_WAIT:
+                        backoff.reset()
+                    else:  # one that only flickers is not dialled ever faster
+                        wait += backoff.wait()
+                place += not stays
+                self._log.warning("%s; trying again in %.1f s", error, wait)
                 await asyncio.sleep(wait)
 
+    def _working(self) -> views.TaskKey | None:
+        """The task in hand, if it is still wanted."""
+        hand = self._hand
+        return None if hand is None or hand.dropped.done() else hand.key
+
     def _have(self, connection: Connection | None) -> None:
-        if self._connection is None or self._connection.done():
-            self._connection = asyncio.get_running_loop().create_future()
-        if connection is not None:
-            self._connection.set_result(connection)
+        self._connection = connection
+        if connection is None:
+            self._joined.clear()
+        else:
+            self._joined.set()
 
     async def _connected(self) -> Connection:
-        assert self._connection is not None
-        while True:
-            connection = await asyncio.shield(self._connection)
-            if self._connection.done():
-                return connection
+        while self._connection is None:
+            await self._joined.wait()
+        return self._connection
 
     # The work -----------------------------------------------------------------------------------------------------
 
     def _offer(self, task: views.Task) -> None:
-        """Queue a task; one that the current task is overtaken by cancels it.
-
-        The same task again (after a reconnection, or for another attempt) is the current one, unless that is cancelled.
-        """
-        current = self._current
-        same = current is not None and (current.key.run, current.key.round) == (task.key.run, task.key.round)
+        """Take note of a task, as the module's header says."""
+        hand = self._hand
         if task.kind is TaskKind.CANCEL:
-            self._cancelled = self._cancelled or same
-        elif current is None or not same or current.kind is not task.kind or self._cancelled:
-            self._cancelled = current is not None
-            self._next.put_nowait(task)
+            if hand is not None and _same(hand.task, task):
+                hand.drop()
+            self._waiting = [one for one in self._waiting if not _same(one, task)]
+        elif hand is not None and not hand.dropped.done() and hand.task.kind is task.kind and _same(hand.task, task):
+            hand.key = task.key
+        elif task.kind is TaskKind.TRAIN:
+            if hand is not None:
+                hand.drop()
+            self._waiting = [task]
+        else:
+            if hand is not None and hand.task.kind is task.kind:
+                hand.drop()
+            self._waiting = [*(one for one in self._waiting if one.kind is not task.kind), task]
+        if self._waiting:
+            self._offered.set()
+        else:
+            self._offered.clear()
 
     async def _work(self) -> None:
         while True:
-            task = await self._next.get()
-            while not self._next.empty():  # only the newest is still wanted
-                task = self._next.get_nowait()
-            self._current, self._cancelled = task, False
+            await self._offered.wait()
+            task = self._waiting.pop(0)
+            if not self._waiting:
+                self._offered.clear()
+            self._hand = hand = _Hand(task, task.key)
+            lines = about(self._log, run=task.key.run, round=task.key.round)
+            beat = asyncio.ensure_future(self._beat(hand))
             try:
-                await self._do(task)
+                await self._do(hand)
             except _Overtaken:
-                log.info("round %d of run %s: no longer wanted", task.key.round, task.key.run)
+                lines.info("no longer wanted")
             except OUTDATED as error:
-                log.info("round %d of run %s: %s", task.key.round, task.key.run, error)
+                lines.info("%s", error)
             except SeqfedError as error:
-                log.error("round %d of run %s: %s", task.key.round, task.key.run, error)
-                self._current = None  # before telling: the server may ask again at once
-                await self._tell_failure(task, error)
-            except Exception:
-                log.exception("round %d of run %s", task.key.round, task.key.run)
-                self._current = None
-                await self._tell_failure(task, TrainingFailed("the client met an unexpected error; its log has it"))
+                lines.error("%s", error)
+                self._hand = None  # before telling: the server may ask again at once
+                await self._tell_failure(hand, error)
+            except Exception:  # noqa: BLE001 - it is in the log, and in a sentence at the server
+                lines.exception("the task met an error that has no name")
+                self._hand = None
+                await self._tell_failure(hand, TrainingFailed("the client met an unexpected error; its log has it"))
             finally:
-                self._current = None
+                self._hand = None
+                beat.cancel()
 
-    async def _do(self, task: views.Task) -> None:
+    async def _do(self, hand: _Hand) -> None:
+        task = hand.task
         await asyncio.to_thread(self._workshop.check, task)  # the first of a run reads the data
-        flat = await self._fetch(task)
+        flat = await self._fetch(hand)
         if task.kind is TaskKind.EVALUATE:
-            tally = await asyncio.to_thread(self._workshop.evaluate, task, flat)
-            await self._persist(lambda server: server.submit_evaluation(task.key, task.model.version, tally))
+            tally = await asyncio.to_thread(self._workshop.evaluate, task, flat, hand.tell_wanted)
+            await self._persist(hand, lambda server: server.submit_evaluation(hand.key, task.model.version, tally))
             return
-        update = await asyncio.to_thread(self._train, task, flat)
+        update = await asyncio.to_thread(self._workshop.train, task, flat, hand.dropped.done, hand.tell)
         if update is None:
             raise _Overtaken
-        await self._submit(task, update)
-        log.info(
-            "round %d of %d, run %s: trained on %d examples in %.2f s",
-            task.key.round,
+        await self._submit(hand, update)
+        about(self._log, run=task.key.run, round=task.key.round).info(
+            "of %d rounds of '%s': trained on %d examples in %.2f s",
             task.spec.rounds,
             task.spec.name,
             update.weight,
             update.training_seconds,
         )
 
-    def _train(self, task: views.Task, flat: Flat) -> LocalUpdate | None:
-        from seqfed.client.training import Cancelled
-
-        try:
-            return self._workshop.train(task, flat, lambda: self._cancelled)
-        except Cancelled:
-            return None
-
-    async def _fetch(self, task: views.Task) -> Flat:
+    async def _fetch(self, hand: _Hand) -> Flat:
         """The task's global model, from the last task if it is the same one."""
+        model = hand.task.model
         flat = None
         if self._model is not None:
             digest, flat = self._model
-            if digest == task.model.digest:
+            if digest == model.digest:
                 return flat
             self._model = None
-        if flat is None or flat.nbytes != task.model.nbytes:
-            flat = np.empty(task.model.nbytes // BYTES_PER_PARAMETER, "<f4")
+        if flat is None or flat.nbytes != model.nbytes:
+            flat = np.empty(model.nbytes // BYTES_PER_PARAMETER, "<f4")
         room = flat.data.cast("B")
 
         def sink(offset: int, data: bytes) -> None:
-            room[offset : offset + len(data)] = data
+            end = offset + len(data)
+            room[offset:end] = data
+            hand.tell(Progress(Stage.FETCHING, end, model.nbytes))
 
-        into = Reassembly(task.model.nbytes, task.model.digest, sink)
-        if task.model.data:
-            into.add(0, task.model.data)
+        into = Reassembly(model.nbytes, model.digest, sink)
+        if model.data:
+            into.add(0, model.data)
             into.finish()
         else:
-            await self._persist(lambda server: server.fetch_model(task.key.run, task.model.version, into))
-        self._model = (task.model.digest, flat)
+            hand.tell(Progress(Stage.FETCHING, 0, model.nbytes))
+
+            async def fetch(server: Connection) -> None:
+                had, clock = into.received, asyncio.get_running_loop().time
+                began = clock()
+                with self._paced():
+                    await server.fetch_model(hand.key.run, model.version, into, self._pace.size)
+                self._pace.timed(into.received - had, clock() - began)
+
+            await self._persist(hand, fetch)
+        self._model = (model.digest, flat)
         return flat
 
-    async def _submit(self, task: views.Task, update: LocalUpdate) -> None:
+    async def _submit(self, hand: _Hand, update: LocalUpdate) -> None:
         delta = update.delta.astype("<f4", copy=False).data.cast("B")
-        tries = 0
+        first = True
+
+        def sent(size: int) -> None:
+            hand.tell(Progress(Stage.SENDING, size, len(delta)))
 
         async def send(server: Connection) -> None:
-            nonlocal tries
-            tries += 1
-            offset, complete = (0, False) if tries == 1 else await server.upload_status(task.key, update.digest)
+            nonlocal first
+            offset, complete = (0, False) if first else await server.upload_status(hand.key, update.digest)
+            first = False
             if complete:
                 return
             header = views.UpdateHeader(
-                key=task.key,
+                key=hand.key,
                 weight=update.weight,
-                layout_digest=task.model.layout_digest,
+                layout_digest=hand.task.model.layout_digest,
                 nbytes=len(delta),
                 digest=update.digest,
                 offset=offset,
                 tally=update.tally,
                 training_seconds=update.training_seconds,
             )
-            await server.submit_update(header, delta)
+            with self._paced():
+                await server.submit_update(header, delta, self._pace.size, sent)
 
-        await self._persist(send)
+        sent(0)
+        await self._persist(hand, send)
 
-    async def _persist(self, call: Callable[[Connection], Awaitable[T]]) -> T:
-        """Make this call, again after every passing failure, on whatever connection there then is."""
-        backoff = Backoff()
-        while True:
-            connection = await self._connected()
-            if self._cancelled:
-                raise _Overtaken
-            try:
-                return await call(connection)
-            except PASSING as error:
-                wait = backoff.wait()
-                log.warning("%s; going on in %.1f s", error, wait)
-                await asyncio.sleep(wait)
-
-    async def _tell_failure(self, task: views.Task, error: SeqfedError) -> None:
+    @contextlib.contextmanager
+    def _paced(self) -> Iterator[None]:
+        """Learn from how the transfer in the block ends how large the next one's chunks should be."""
         try:
-            await self._persist(lambda server: server.report_failure(task.key, error))
+            yield
+        except BROKEN:
+            self._pace.broken()
+            raise
+        self._pace.whole()
+
+    async def _persist(self, hand: _Hand, call: Callable[[Connection], Awaitable[T]]) -> T:
+        """Make this call, again after every passing failure, on whatever connection there then is.
+
+        Raises _Overtaken, with the call broken off, as soon as the task is not wanted any more.
+        """
+
+        async def persisting() -> T:
+            backoff = Backoff(self._rng)
+            while True:
+                try:
+                    return await call(await self._connected())
+                except PASSING as error:
+                    wait = backoff.wait()
+                    about(self._log, run=hand.key.run, round=hand.key.round).warning(
+                        "%s; going on in %.1f s", error, wait
+                    )
+                    await asyncio.sleep(wait)
+
+        if hand.dropped.done():
+            raise _Overtaken
+        done = asyncio.ensure_future(persisting())
+        try:
+            await asyncio.wait((done, hand.dropped), return_when=asyncio.FIRST_COMPLETED)
+            if not done.done():
+                raise _Overtaken
+            return done.result()
+        finally:
+            if not done.done():
+                done.cancel()
+                await asyncio.wait((done,))  # nothing is read from the update's memory any more
+                if not done.cancelled():
+                    done.exception()  # it is of no interest, and asyncio need not complain that nobody looked
+
+    async def _beat(self, hand: _Hand) -> None:
+        """Tell the server every BEAT_S how far the task is, as long as it goes on; what it does not want is dropped."""
+        told: tuple[Connection, Progress] | None = None
+        while True:
+            await asyncio.sleep(BEAT_S)
+            connection, progress = self._connection, hand.progress
+            if connection is None or (told == (connection, progress) and progress.stage not in UNHURRIED):
+                continue
+            try:
+                await connection.report_progress(hand.key, progress)
+                told = (connection, progress)
+            except OUTDATED as error:
+                about(self._log, run=hand.key.run, round=hand.key.round).info("%s", error)
+                hand.drop()
+                return
+            except SeqfedError:  # the next beat tries again
+                continue
+
+    async def _tell_failure(self, hand: _Hand, error: SeqfedError) -> None:
+        try:
+            await self._persist(hand, lambda server: server.report_failure(hand.key, error))
         except (_Overtaken, SeqfedError):
-            log.info("round %d of run %s: the server no longer asks", task.key.round, task.key.run)
+            about(self._log, run=hand.key.run, round=hand.key.round).info("the server no longer asks")
+
+
+def _same(one: views.Task, other: views.Task) -> bool:
+    """Whether two tasks are of the same round, in whichever attempt."""
+    return (one.key.run, one.key.round) == (other.key.run, other.key.round)
 
 
 class _Overtaken(Exception):

@@ -23,11 +23,24 @@ def _several(value: Any) -> Any:
     )
 
 
+def each_server(value: Any) -> Any:
+    """'a:1, b:1', or a list of such texts, as a tuple of addresses.
+
+    >>> each_server("a:1, b:1"), each_server(["a:1", "b:1"])
+    (('a:1', 'b:1'), ('a:1', 'b:1'))
+    """
+    given = _several(value)
+    if not isinstance(given, tuple) or not all(isinstance(one, str) for one in given):
+        return given
+    return tuple(one.strip() for text in given for one in text.split(","))
+
+
 def _lists(value: Any) -> Any:
     """A table of lists as a table of tuples."""
     return {key: _several(names) for key, names in value.items()} if isinstance(value, dict) else value
 
 
+Servers = Annotated[tuple[str, ...], BeforeValidator(each_server), Field(strict=False)]
 Several = Annotated[tuple[str, ...], BeforeValidator(_several), Field(strict=False)]
 
 
@@ -182,7 +195,11 @@ class DataSettings(Settings):
 class ClientSettings(Settings):
     """One data holder's process."""
 
-    server: str = Field(default="127.0.0.1:7733", description="HOST:PORT")
+    server: Servers = Field(
+        default=("127.0.0.1:7733",),
+        min_length=1,
+        description="HOST:PORT, or a list of several of which one serves at a time: they are tried in turn",
+    )
     name: str | None = Field(default=None, description="within the federation; left out: this machine's host name")
     data: DataSettings
     state: Path | None = Field(
@@ -196,3 +213,4 @@ class ClientSettings(Settings):
         default=(), description="module:function whose code runs may use as their model; all others are refused"
     )
     insecure: bool = Field(default=False, description="allow plaintext off the loopback interface")
+    log_json: bool = Field(default=False, description="log a JSON object a line instead of text")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
 from seqfed.common.metrics import main_metrics, summary
-from seqfed.common.views import ClientView, RoundRecord, RunView
+from seqfed.common.views import ClientView, Progress, RoundRecord, RunView, Stage, TaskView
+
+QUIET_S: Final = 15.0  # a client that works says so every 5 s, so after three times that its silence is news
 
 
 def round_dict(record: RoundRecord) -> dict[str, Any]:
@@ -20,6 +22,7 @@ def round_dict(record: RoundRecord) -> dict[str, Any]:
         "attempt": record.attempt,
         "cohort": list(record.cohort),
         "folded": list(record.folded),
+        "stale": dict(record.stale),
         "training_loss": summary(record.training).get("loss"),
         **record.evaluation,
         "spread": {
@@ -46,12 +49,30 @@ def run_dict(view: RunView) -> dict[str, Any]:
         "cohort": list(view.cohort),
         "pending": list(view.pending),
         "reason": view.reason,
+        "deadline_s": None if view.deadline_s is None else round(view.deadline_s, 1),
+        "tasks": [task_dict(task) for task in view.tasks],
         "bytes_up": view.bytes_up,
         "bytes_down": view.bytes_down,
         "seconds": round(view.seconds, 3),
         "ended": view.ended,
         "metrics": dict(view.metrics),
         "history": [round_dict(record) for record in view.history],
+    }
+
+
+def task_dict(task: TaskView) -> dict[str, Any]:
+    """One client's task under way; `stage` is null until the client has said anything of it."""
+    progress = task.progress
+    return {
+        "client": task.client,
+        "round": task.round,
+        "stage": None if progress is None else progress.stage.name.lower(),
+        "done": None if progress is None else progress.done,
+        "total": None if progress is None else progress.total,
+        "epoch": None if progress is None else progress.epoch,
+        "loss": None if progress is None else progress.loss,
+        "silent_s": round(task.silent_s, 1),
+        "connected": task.connected,
     }
 
 
@@ -146,10 +167,23 @@ def round_row(record: RoundRecord, metrics: Sequence[str]) -> tuple[str, ...]:
     )
 
 
+def span(seconds: float) -> str:
+    """A time as people read it.
+
+    >>> span(59.4), span(600), span(9000)
+    ('59 s', '10 min', '2.5 h')
+    """
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def progress_table(view: RunView, rounds: list[RoundRecord], last: int = 15) -> Table:
     """The run under way: its newest finished rounds, and the one that is being worked on."""
     metrics = main_metrics(view.spec)
-    table = Table(*columns(metrics), title=f"run {view.run} ({view.name}): {view.phase}", caption=Text(view.reason))
+    ends = "" if view.deadline_s is None else f", deadline in {span(view.deadline_s)}"
+    title = Text(f"run {view.run} ({view.name}): {view.phase}{ends}")
+    table = Table(*columns(metrics), title=title, caption=Text(view.reason))
     for record in rounds[-last:]:
         table.add_row(*round_row(record, metrics))
     if not view.ended:
@@ -157,3 +191,46 @@ def progress_table(view: RunView, rounds: list[RoundRecord], last: int = 15) -> 
         blank = [""] * (len(metrics) + 2)
         table.add_row(str(view.round), view.phase, f"{answered}/{len(view.cohort)}", *blank, style="dim")
     return table
+
+
+def tasks_table(view: RunView, most: int = 12) -> Group:
+    """The clients at work, those first that the others may have to wait for, and how many more there are."""
+    table = Table("client", "at", "done", "epoch", "loss", "silent for")
+    ranked = sorted(view.tasks, key=_holding_up)
+    for task in ranked[:most]:
+        table.add_row(*_task_row(task, view.round))
+    more = len(ranked) - most
+    return Group(table, *([Text(f"and {more:,} more")] if more > 0 else []))
+
+
+def live(view: RunView, rounds: list[RoundRecord]) -> Group:
+    """All that there is to see of a run under way."""
+    return Group(progress_table(view, rounds), *([tasks_table(view)] if view.tasks else []))
+
+
+def _holding_up(task: TaskView) -> tuple[bool, float, int, float, str]:
+    """Sorts who is away first, then who is silent, the longest first, then who has the most still to do."""
+    silent = -task.silent_s if task.silent_s >= QUIET_S else 0.0
+    progress = task.progress
+    if progress is None:
+        return task.connected, silent, -1, 0.0, task.client
+    return task.connected, silent, list(Stage).index(progress.stage), _share(progress), task.client
+
+
+def _share(progress: Progress) -> float:
+    return progress.done / progress.total if progress.total else 0.0
+
+
+def _task_row(task: TaskView, round_: int) -> tuple[Text, ...]:
+    progress = task.progress
+    at = "asked" if progress is None else progress.stage.value
+    late = "" if task.round == round_ else f" (round {task.round})"
+    cells = (
+        task.client,
+        f"{at}{late}" if task.connected else f"away; was {at}{late}",
+        f"{_share(progress):.0%}" if progress is not None and progress.total else "-",
+        str(progress.epoch) if progress is not None and progress.epoch else "-",
+        f"{progress.loss:.4g}" if progress is not None and progress.loss is not None else "-",
+        span(task.silent_s) if task.silent_s >= 1 else "-",
+    )
+    return tuple(Text(cell) for cell in cells)

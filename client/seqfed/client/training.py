@@ -22,11 +22,13 @@ from seqfed.client.scoring import score
 from seqfed.common.errors import TrainingFailed
 from seqfed.common.metrics import add, carried, units
 from seqfed.common.spec import RunSpec, TrainingSpec
+from seqfed.common.views import Progress, Stage
 
 FOCUS: Final = 2.0  # gamma of the focal loss: the value that Lin et al. 2017 found best and use throughout
 SCORING_BATCH: Final = 512  # sequences scored at once,
 SCORING_ROOM: Final = 1 << 24  # but no more than fill a tensor of so many numbers (64 MiB)
 CUDA_LAG: Final = 16  # batches whose losses are read together: reading one makes the GPU wait for Python
+TELL_S: Final = 0.5  # seconds from one word about the progress to the next: what shows it is no quicker
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # outputs and labels -> their mean loss, a scalar
 
@@ -56,13 +58,13 @@ def train(
     round_: int,
     draw: np.random.Generator,
     cancelled: Callable[[], bool] = lambda: False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
 ) -> Trained:
     """Train the network in place; all that is random comes from `draw`.
 
-    round_: from 1; the learning rate's schedule is over spec.rounds. progress: told after each batch how many of how many
-    are done. Raises TrainingFailed if the loss is not finite or the GPU's memory too small, Cancelled after the batch in
-    which `cancelled()` became true.
+    round_: from 1; the learning rate's schedule is over spec.rounds. progress: told every TELL_S and at the end how many
+    batches are done, and the loss of the last one that has been read. Raises TrainingFailed if the loss is not finite or the
+    GPU's memory too small, Cancelled after the batch in which `cancelled()` became true.
     """
     settings, device = spec.training, network.device
     rate = learning_rate(settings, round_, spec.rounds)
@@ -70,9 +72,11 @@ def train(
     tally = {"examples": 0, "loss": 0}
     unread: list[tuple[int, Tensor]] = []
     lag = CUDA_LAG if device.type == "cuda" else 1
-    total = batch_count(len(data), settings)
+    total, an_epoch = batch_count(len(data), settings), max(1, -(-len(data) // settings.batch_size))
+    newest = None
     network.train()
-    begun = time.perf_counter()
+    begun = told = time.perf_counter()
+    progress(Progress(Stage.TRAINING, 0, total, 1))
     with _seeded(spec, draw, device), _memory_limits():
         for done, rows in enumerate(batches(len(data), settings, draw), 1):
             batch = data.batch(rows)
@@ -83,9 +87,10 @@ def train(
             optimizer.step()
             unread.append((_labels_of(batch, spec), loss))
             if len(unread) == lag or done == total:
-                _read(unread, tally, rate)
-            if progress is not None:
-                progress(done, total)
+                newest = _read(unread, tally, rate)
+            if (now := time.perf_counter()) - told >= TELL_S or done == total:
+                told = now
+                progress(Progress(Stage.TRAINING, done, total, (done - 1) // an_epoch + 1, newest))
             if cancelled():
                 raise Cancelled
     seconds = time.perf_counter() - begun
@@ -167,8 +172,8 @@ def _backward(network: Network, batch: Batch, loss_of: Loss, spec: RunSpec) -> T
     return whole
 
 
-def _read(unread: list[tuple[int, Tensor]], tally: dict[str, int], rate: float) -> None:
-    """Move these batches' losses into the tally; raises TrainingFailed at the first that is not finite."""
+def _read(unread: list[tuple[int, Tensor]], tally: dict[str, int], rate: float) -> float:
+    """Move these batches' losses into the tally; the last of them. Raises TrainingFailed at the first that is not finite."""
     losses = [loss for _, loss in unread]
     values = [losses[0].item()] if len(losses) == 1 else torch.stack(losses).tolist()
     for (count, _), value in zip(unread, values, strict=True):
@@ -179,6 +184,7 @@ def _read(unread: list[tuple[int, Tensor]], tally: dict[str, int], rate: float) 
         tally["examples"] += count
         tally["loss"] += units(value * count)
     unread.clear()
+    return values[-1]
 
 
 def _optimizer(network: Network, settings: TrainingSpec, rate: float) -> torch.optim.Optimizer:
@@ -290,12 +296,23 @@ def _mean(losses: Tensor, share: Tensor) -> Tensor:
 # Scoring ---------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(network: Network, data: Sequences, spec: RunSpec) -> dict[str, int]:
-    """The exact sums of `scoring.score` over all these sequences; raises TrainingFailed if a loss is not finite."""
+def evaluate(
+    network: Network, data: Sequences, spec: RunSpec, progress: Callable[[Progress], None] = lambda _: None
+) -> dict[str, int]:
+    """The exact sums of `scoring.score` over all these sequences; raises TrainingFailed if a loss is not finite.
+
+    progress: told every TELL_S how many batches are done.
+    """
     tally = {"examples": 0, "loss": 0}
-    for indices, outputs, batch in outputs_of(network, data, spec):
+    total = -(-len(data) // _at_once(data, spec))
+    told = time.perf_counter()
+    progress(Progress(Stage.EVALUATING, 0, total))
+    for done, (indices, outputs, batch) in enumerate(outputs_of(network, data, spec), 1):
         anomalies = None if data.anomalies is None else data.anomalies[indices]
         tally = add([tally, score(spec, outputs, batch, anomalies=anomalies)])
+        if (now := time.perf_counter()) - told >= TELL_S:
+            told = now
+            progress(Progress(Stage.EVALUATING, done, total))
     return tally
 
 

@@ -17,7 +17,7 @@ from seqfed.common.model import layout_of
 from seqfed.common.schema import misfit
 from seqfed.common.seeds import generator
 from seqfed.common.spec import RunSpec
-from seqfed.common.views import Task
+from seqfed.common.views import Progress, Task
 
 if TYPE_CHECKING:
     from seqfed.client.network import Network
@@ -77,14 +77,26 @@ class Workshop:
             )
         return self._checked[2]
 
-    def train(self, task: Task, flat: Flat, cancelled: Callable[[], bool]) -> LocalUpdate:
-        """Train from the global model `flat`; raises what `check` does, TrainingFailed, training.Cancelled."""
+    def train(
+        self,
+        task: Task,
+        flat: Flat,
+        cancelled: Callable[[], bool],
+        progress: Callable[[Progress], None] = lambda _: None,
+    ) -> LocalUpdate | None:
+        """Train from the global model `flat`; None if `cancelled()` became true. Raises what `check` does, TrainingFailed.
+
+        progress: told now and then, in the calling thread, how far it is.
+        """
         from seqfed.client import training
 
         data = self.check(task).training
         network = self._prepared(task, flat)
         draw = generator(task.spec.seed, task.key.round, self.client, "batches")
-        trained = training.train(network, data, task.spec, task.key.round, draw, cancelled)
+        try:
+            trained = training.train(network, data, task.spec, task.key.round, draw, cancelled, progress)
+        except training.Cancelled:
+            return None
         if self._delta is None or self._delta.shape != flat.shape:
             self._delta = np.empty_like(flat)
         delta = network.save(out=self._delta).flat
@@ -92,12 +104,12 @@ class Workshop:
         digest = blake3(delta.data.cast("B")).digest()
         return LocalUpdate(delta, digest, data.weight, trained.tally, trained.seconds)
 
-    def evaluate(self, task: Task, flat: Flat) -> dict[str, int]:
-        """The global model's exact sums on this client's validation data."""
+    def evaluate(self, task: Task, flat: Flat, progress: Callable[[Progress], None] = lambda _: None) -> dict[str, int]:
+        """The global model's exact sums on this client's validation data; `progress` as in `train`."""
         from seqfed.client import training
 
         data = self.check(task).validation
-        return training.evaluate(self._prepared(task, flat), data, task.spec)
+        return training.evaluate(self._prepared(task, flat), data, task.spec, progress)
 
     def _prepared(self, task: Task, flat: Flat) -> Network:
         from seqfed.client.network import network_for, use_threads

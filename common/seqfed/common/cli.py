@@ -14,7 +14,7 @@ from seqfed.common.errors import SeqfedError
 GROUP: Final = "seqfed.commands"
 ORDER: Final = (
     *("demo", "server", "client", "data"),
-    *("submit", "runs", "watch", "stop", "clients", "health"),
+    *("submit", "runs", "watch", "pause", "resume", "stop", "clients", "health"),
     *("metrics", "export", "predict", "evaluate"),
 )
 

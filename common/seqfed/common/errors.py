@@ -58,6 +58,10 @@ class TooLarge(SeqfedError):
     """Something that a peer controls is over its limit."""
 
 
+class Overloaded(SeqfedError):
+    """The server is at one of its limits just now; the same call later will do."""
+
+
 class ChecksumMismatch(SeqfedError):
     """What arrived is not what was sent."""
 
@@ -104,6 +108,10 @@ class StorageFull(SeqfedError):
 
 class StorageError(SeqfedError):
     """A file or database of seqfed's own state cannot be read or written."""
+
+
+class LeaseLost(SeqfedError):
+    """Another daemon has taken over this one's store, so this one must not write any more."""
 
 
 class PortInUse(SeqfedError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import cached_property
 from typing import Annotated, Literal, Self
 
@@ -220,7 +221,7 @@ class TrainingSpec(Settings):
 
 
 class CohortSpec(Settings):
-    """Who is asked in a round, and how many must answer until when."""
+    """Who is asked in a round, how many must answer until when, and what becomes of those who do not."""
 
     min_clients: Count = Field(
         default=2, description="how many fitting clients must be connected before a round begins"
@@ -230,11 +231,45 @@ class CohortSpec(Settings):
         default=None, gt=0, le=1, description="of the connected clients, at least min_clients of them; left out: all"
     )
     count: Count | None = Field(default=None, description="clients a round, instead of fraction")
-    quorum: Count | None = Field(
-        default=None, description="updates that suffice at the deadline; left out: all that were asked"
+    over_select: float = Field(
+        default=1.0,
+        ge=1,
+        le=10,
+        description="ask so many times the cohort and take the first answers: 1.3 asks 130 % (Bonawitz et al. 2019)",
     )
-    deadline_s: float = Field(default=3600.0, gt=0, le=30 * 86_400, description="seconds for a round's training")
-    max_attempts: int = Field(default=3, ge=1, le=1000, description="tries at one round before the run fails")
+    quorum: Count | None = Field(
+        default=None, description="updates that suffice at the deadline; left out: as many as the cohort has"
+    )
+    deadline_s: float = Field(
+        default=3600.0, gt=0, le=30 * 86_400, description="seconds for a round's training; with adaptive at most"
+    )
+    adaptive: float | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="deadline: so many times the time in which 90 % of the last answers came; left out: deadline_s",
+    )
+    grace_s: float | None = Field(
+        default=None, ge=0, le=30 * 86_400, description="seconds for the others once the quorum is in; left out: no end"
+    )
+    silence_s: float = Field(
+        default=60.0,
+        ge=5,
+        le=86_400,
+        description="seconds without any progress after which a client is not waited for (its answer still counts)",
+    )
+    late: Literal["drop", "fold"] = Field(
+        default="drop",
+        description="updates that miss their round: drop them, or fold them into the next with a staleness weight",
+    )
+    staleness: float = Field(
+        default=0.5,
+        ge=0,
+        le=10,
+        description="exponent a: an update s rounds old weighs (1 + s)^-a of a fresh one (Nguyen et al. 2022, 5)",
+    )
+    max_staleness: int = Field(default=10, ge=1, le=1000, description="rounds after which a late update is dropped")
+    max_attempts: int = Field(default=3, ge=1, le=1000, description="tries at one round before the run pauses")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -245,6 +280,8 @@ class CohortSpec(Settings):
             raise ValueError(
                 f"cohort.quorum ({self.quorum}) is more than the smallest cohort ({smallest}); lower quorum"
             )
+        if self.grace_s is not None and self.quorum is None:
+            raise ValueError("cohort.grace_s begins when the quorum is in; set cohort.quorum")
         return self
 
     @property
@@ -253,15 +290,29 @@ class CohortSpec(Settings):
         return max(self.min_clients, self.count or 1)
 
     def size(self, connected: int) -> int:
-        """How many of so many connected clients are asked. Precondition: connected >= required."""
+        """How many updates of so many connected clients make a round. Precondition: connected >= required."""
         if self.count is not None:
             return self.count
         share = 1.0 if self.fraction is None else self.fraction
         return max(self.min_clients, round(share * connected))
 
-    def needed(self, asked: int) -> int:
-        """How many updates of so many asked suffice."""
-        return asked if self.quorum is None else self.quorum
+    def asked(self, size: int, connected: int) -> int:
+        """How many of so many connected clients are asked so that `size` answer."""
+        return min(connected, math.ceil(size * self.over_select))
+
+    def needed(self, size: int) -> int:
+        """How many updates suffice at the deadline of a round that would have `size`."""
+        return size if self.quorum is None else min(self.quorum, size)
+
+
+class AsynchronousSpec(Settings):
+    """FedBuff instead of rounds that wait for a cohort (Nguyen et al. 2022, "Federated learning with buffered asynchronous
+    aggregation", Algorithm 1): clients train all the time, each from the newest model when it begins, and every `buffer`
+    updates make the next model. A round is then one buffer.
+    """
+
+    buffer: Count = Field(default=10, description="updates that make the next model, each of another client")
+    concurrency: Count = Field(default=20, description="clients that train at the same time")
 
 
 class AggregationSpec(Settings):
@@ -295,6 +346,7 @@ class RunSpec(Settings):
     model: ModelSpec = ModelSpec()
     training: TrainingSpec = TrainingSpec()
     cohort: CohortSpec = CohortSpec()
+    asynchronous: AsynchronousSpec | None = None
     aggregation: AggregationSpec = AggregationSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     convergence: ConvergenceSpec | None = None
@@ -304,7 +356,29 @@ class RunSpec(Settings):
         if self.convergence is not None and self.evaluation.every == 0:
             raise ValueError("convergence needs evaluations; set evaluation.every to 1 or more")
         self._check_task()
+        if self.asynchronous is not None:
+            self._check_asynchronous(self.asynchronous)
         return self
+
+    def _check_asynchronous(self, wanted: AsynchronousSpec) -> None:
+        """Raise ValueError if the cohort's settings contradict the buffer's."""
+        cohort = self.cohort
+        if wanted.buffer > min(cohort.min_clients, wanted.concurrency):
+            raise ValueError(
+                f"asynchronous.buffer ({wanted.buffer}) is more than cohort.min_clients ({cohort.min_clients}) or "
+                f"asynchronous.concurrency ({wanted.concurrency}); a client fills one place of it, so raise those"
+            )
+        if cohort.count is not None or cohort.fraction is not None or cohort.over_select != 1.0:
+            raise ValueError(
+                "cohort.count, fraction and over_select choose a round's cohort, and an asynchronous run has none; drop them"
+            )
+        if cohort.quorum is not None and cohort.quorum > wanted.buffer:
+            raise ValueError(f"cohort.quorum ({cohort.quorum}) is more than asynchronous.buffer ({wanted.buffer})")
+
+    @property
+    def folds_late(self) -> bool:
+        """Whether an update of an earlier round still counts."""
+        return self.asynchronous is not None or self.cohort.late == "fold"
 
     def _check_task(self) -> None:
         """Raise ValueError unless the data have what the task needs."""

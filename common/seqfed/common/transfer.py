@@ -14,15 +14,43 @@ from blake3 import blake3
 from seqfed.common.errors import BrokenTransfer, ChecksumMismatch
 
 CHUNK_BYTES: Final = 512 << 10  # one Python gRPC stream moves twice as much a second at 512 KiB as at 64 KiB or 16 MiB
+SMALLEST_CHUNK: Final = (
+    16 << 10
+)  # half a second at 256 kbit/s: what a break costs there; below it the overhead grows instead
+GRAIN: Final = 4  # bytes of a float32: chunks never cut one
 DIGEST_BYTES: Final = 32
 
 Sink = Callable[[int, bytes], None]  # (offset of the first byte, bytes)
 
 
-def split(data: memoryview, start: int) -> Iterator[tuple[int, bytes]]:
-    """The (offset, bytes) of each chunk of `data` from byte `start` on."""
-    for offset in range(start, len(data), CHUNK_BYTES):
-        yield offset, bytes(data[offset : offset + CHUNK_BYTES])
+def split(data: memoryview, start: int, size: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """The (offset, bytes) of each chunk of `data` from byte `start` on: `size` bytes each, or what is left in the last."""
+    size = CHUNK_BYTES if size is None else size
+    for offset in range(start, len(data), size):
+        yield offset, bytes(data[offset : offset + size])
+
+
+class Pace:
+    """How large the chunks to and from a peer are: about a second's worth, halved by each break, at most doubled by each
+    transfer that came to its end.
+
+    A chunk counts when it has come whole, so on a link that breaks every few seconds large ones would never get anywhere;
+    and what is on its way delays whatever else the link should carry, such as the signs of life.
+    """
+
+    def __init__(self) -> None:
+        self.size = CHUNK_BYTES
+
+    def broken(self) -> None:
+        self.size = max(self.size // 2, min(SMALLEST_CHUNK, CHUNK_BYTES))
+
+    def whole(self) -> None:
+        self.size = min(2 * self.size, CHUNK_BYTES)
+
+    def timed(self, nbytes: int, seconds: float) -> None:
+        """So many bytes took so long, and waited for nothing but the link."""
+        while self.size > SMALLEST_CHUNK and self.size * seconds > nbytes:
+            self.size //= 2
 
 
 class Reassembly:
@@ -42,12 +70,15 @@ class Reassembly:
         self._hasher = blake3()
 
     def add(self, offset: int, data: bytes) -> None:
-        """Take the next chunk; raises BrokenTransfer if it is not the next one or has not exactly the size that it must."""
+        """Take the next chunk; raises BrokenTransfer if it is not the next one, empty, too large, or cuts a number in two."""
         if offset != self.received:
             raise BrokenTransfer(f"a chunk at byte {offset:,} came where byte {self.received:,} was next")
-        due = min(CHUNK_BYTES, self.total - offset)
-        if not data or len(data) != due:
-            raise BrokenTransfer(f"a chunk of {len(data):,} bytes came at byte {offset:,} where {due:,} were due")
+        left = self.total - offset
+        most = min(CHUNK_BYTES, left)
+        if not 0 < len(data) <= most or (len(data) % GRAIN and len(data) != left):
+            raise BrokenTransfer(
+                f"a chunk of {len(data):,} bytes came at byte {offset:,}, where a multiple of {GRAIN} up to {most:,} was due"
+            )
         self._sink(offset, data)
         self._hasher.update(data)
         self.received += len(data)

@@ -51,6 +51,27 @@ class Task:
     model: ModelVersion
 
 
+class Stage(Enum):
+    """What a client is at with its task."""
+
+    READING = "reading its data"
+    FETCHING = "fetching the model"
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    SENDING = "sending its update"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a client's task is; units as in federation.proto."""
+
+    stage: Stage
+    done: int = 0
+    total: int = 0
+    epoch: int = 0
+    loss: float | None = None
+
+
 @dataclass(frozen=True)
 class UpdateHeader:
     """What a client says of its update before it sends the bytes; units as in federation.proto."""
@@ -87,11 +108,26 @@ class RoundRecord:
     spread: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     evaluated_examples: int = 0
     evaluated_clients: int = 0
+    stale: Mapping[str, int] = field(default_factory=dict)  # of `folded`: trained on a model so many rounds older
+
+
+@dataclass(frozen=True)
+class TaskView:
+    """A client's task under way: `progress` is None until it has said anything of it, `silent_s` since it last did."""
+
+    client: str
+    round: int
+    progress: Progress | None
+    silent_s: float
+    connected: bool
 
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as its operator sees it; `metrics` are of the last round that was evaluated."""
+    """A run as its operator sees it; `metrics` are of the last round that was evaluated.
+
+    `deadline_s`: until the deadline of this phase, None if it has none.
+    """
 
     run: str
     name: str
@@ -109,6 +145,8 @@ class RunView:
     spec: RunSpec
     ended: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
+    tasks: tuple[TaskView, ...] = ()
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from typing import Final
 
@@ -25,6 +26,14 @@ _KINDS: Final = {
     views.TaskKind.CANCEL: federation_pb2.TASK_KIND_CANCEL,
 }
 _KINDS_BACK: Final = {number: kind for kind, number in _KINDS.items()}
+_STAGES: Final = {
+    views.Stage.READING: federation_pb2.STAGE_READING,
+    views.Stage.FETCHING: federation_pb2.STAGE_FETCHING,
+    views.Stage.TRAINING: federation_pb2.STAGE_TRAINING,
+    views.Stage.EVALUATING: federation_pb2.STAGE_EVALUATING,
+    views.Stage.SENDING: federation_pb2.STAGE_SENDING,
+}
+_STAGES_BACK: Final = {number: stage for stage, number in _STAGES.items()}
 
 
 def check_client_name(name: str) -> str:
@@ -79,6 +88,47 @@ def task_from_wire(message: federation_pb2.Task, known: RunSpec | None = None) -
     )
 
 
+def progress_to_wire(key: views.TaskKey, progress: views.Progress) -> federation_pb2.ReportProgressRequest:
+    return federation_pb2.ReportProgressRequest(
+        key=key_to_wire(key),
+        stage=_STAGES[progress.stage],
+        done=progress.done,
+        total=progress.total,
+        epoch=progress.epoch,
+        loss=math.nan if progress.loss is None else progress.loss,
+    )
+
+
+def progress_from_wire(message: federation_pb2.ReportProgressRequest) -> views.Progress:
+    """The progress; raises VersionMismatch for a stage from the future."""
+    if message.stage not in _STAGES_BACK:
+        raise VersionMismatch(
+            f"this version of seqfed knows no stage {message.stage} of a task; run the same on both sides"
+        )
+    loss = message.loss if math.isfinite(message.loss) else None
+    return views.Progress(_STAGES_BACK[message.stage], message.done, message.total, message.epoch, loss)
+
+
+def task_status_to_wire(view: views.TaskView) -> admin_pb2.TaskStatus:
+    message = admin_pb2.TaskStatus(
+        client=view.client, round=view.round, silent_s=view.silent_s, connected=view.connected, loss=math.nan
+    )
+    if view.progress is not None:
+        message.stage = _STAGES[view.progress.stage]
+        message.done, message.total = view.progress.done, view.progress.total
+        message.epoch = view.progress.epoch
+        message.loss = math.nan if view.progress.loss is None else view.progress.loss
+    return message
+
+
+def task_status_from_wire(message: admin_pb2.TaskStatus) -> views.TaskView:
+    progress = None
+    if message.stage in _STAGES_BACK:
+        loss = message.loss if math.isfinite(message.loss) else None
+        progress = views.Progress(_STAGES_BACK[message.stage], message.done, message.total, message.epoch, loss)
+    return views.TaskView(message.client, message.round, progress, message.silent_s, message.connected)
+
+
 def header_to_wire(header: views.UpdateHeader) -> federation_pb2.UpdateHeader:
     return federation_pb2.UpdateHeader(
         key=key_to_wire(header.key),
@@ -123,6 +173,7 @@ def record_to_wire(record: views.RoundRecord) -> admin_pb2.RoundRecord:
         },
         evaluated_examples=record.evaluated_examples,
         evaluated_clients=record.evaluated_clients,
+        stale=record.stale,
     )
 
 
@@ -141,6 +192,7 @@ def record_from_wire(message: admin_pb2.RoundRecord) -> views.RoundRecord:
         spread={metric: (both.median, both.worst_decile) for metric, both in message.spread.items()},
         evaluated_examples=message.evaluated_examples,
         evaluated_clients=message.evaluated_clients,
+        stale=dict(message.stale),
     )
 
 
@@ -162,6 +214,8 @@ def run_to_wire(view: views.RunView) -> admin_pb2.RunStatus:
         spec=view.spec.canonical,
         ended=view.ended,
         metrics=view.metrics,
+        tasks=[task_status_to_wire(one) for one in view.tasks],
+        deadline_s=-1.0 if view.deadline_s is None else view.deadline_s,
     )
 
 
@@ -183,6 +237,8 @@ def run_from_wire(message: admin_pb2.RunStatus) -> views.RunView:
         spec=validate_json(RunSpec, message.spec, "the run's specification"),
         ended=message.ended,
         metrics=dict(message.metrics),
+        tasks=tuple(task_status_from_wire(one) for one in message.tasks),
+        deadline_s=message.deadline_s if message.deadline_s >= 0 else None,
     )
 
 

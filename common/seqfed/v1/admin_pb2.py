@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from seqfed.v1 import federation_pb2 as seqfed_dot_v1_dot_federation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15seqfed/v1/admin.proto\x12\tseqfed.v1\x1a\x1aseqfed/v1/federation.proto\"Q\n\x0cSubmitHeader\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\x18\n\x10\x63heckpoint_bytes\x18\x02 \x01(\x04\x12\x19\n\x11\x63heckpoint_digest\x18\x03 \x01(\x0c\"e\n\rSubmitRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.seqfed.v1.SubmitHeaderH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.seqfed.v1.ChunkH\x00\x42\x06\n\x04part\"0\n\x0bSubmitReply\x12!\n\x03run\x18\x01 \x01(\x0b\x32\x14.seqfed.v1.RunStatus\".\n\x06Spread\x12\x0e\n\x06median\x18\x01 \x01(\x01\x12\x14\n\x0cworst_decile\x18\x02 \x01(\x01\"\xb1\x04\n\x0bRoundRecord\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06\x63ohort\x18\x03 \x03(\t\x12\x0e\n\x06\x66olded\x18\x04 \x03(\t\x12\x36\n\x08training\x18\x05 \x03(\x0b\x32$.seqfed.v1.RoundRecord.TrainingEntry\x12\x10\n\x08\x62ytes_up\x18\x07 \x01(\x04\x12\x12\n\nbytes_down\x18\x08 \x01(\x04\x12\x0f\n\x07seconds\x18\t \x01(\x01\x12 \n\x18slowest_training_seconds\x18\n \x01(\x01\x12:\n\nevaluation\x18\x0b \x03(\x0b\x32&.seqfed.v1.RoundRecord.EvaluationEntry\x12\x32\n\x06spread\x18\x0c \x03(\x0b\x32\".seqfed.v1.RoundRecord.SpreadEntry\x12\x1a\n\x12\x65valuated_examples\x18\r \x01(\x04\x12\x19\n\x11\x65valuated_clients\x18\x0e \x01(\r\x1a/\n\rTrainingEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x12:\x02\x38\x01\x1a\x31\n\x0f\x45valuationEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a@\n\x0bSpreadEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.seqfed.v1.Spread:\x02\x38\x01J\x04\x08\x06\x10\x07\"\xf7\x02\n\tRunStatus\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05phase\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0e\n\x06rounds\x18\x05 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\x12\x0e\n\x06\x63ohort\x18\x07 \x03(\t\x12\x0f\n\x07pending\x18\x08 \x03(\t\x12\x0e\n\x06reason\x18\t \x01(\t\x12\'\n\x07history\x18\n \x03(\x0b\x32\x16.seqfed.v1.RoundRecord\x12\x10\n\x08\x62ytes_up\x18\x0b \x01(\x04\x12\x12\n\nbytes_down\x18\x0c \x01(\x04\x12\x0f\n\x07seconds\x18\r \x01(\x01\x12\x0c\n\x04spec\x18\x0e \x01(\x0c\x12\r\n\x05\x65nded\x18\x0f \x01(\x08\x12\x32\n\x07metrics\x18\x10 \x03(\x0b\x32!.seqfed.v1.RunStatus.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x11\n\x0fListRunsRequest\"3\n\x0fWatchRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x13\n\x0b\x61\x66ter_round\x18\x02 \x01(\r\"\x1d\n\x0eStopRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"w\n\x0c\x43lientStatus\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x61ta_schema\x18\x05 \x01(\x0c\x12\x10\n\x08software\x18\x06 \x01(\t\"\x14\n\x12ListClientsRequest\"1\n\x12\x45xportModelRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x32\x8c\x03\n\x05\x41\x64min\x12<\n\x06Submit\x12\x18.seqfed.v1.SubmitRequest\x1a\x16.seqfed.v1.SubmitReply(\x01\x12>\n\x08ListRuns\x12\x1a.seqfed.v1.ListRunsRequest\x1a\x14.seqfed.v1.RunStatus0\x01\x12>\n\x08WatchRun\x12\x1a.seqfed.v1.WatchRunRequest\x1a\x14.seqfed.v1.RunStatus0\x01\x12:\n\x07StopRun\x12\x19.seqfed.v1.StopRunRequest\x1a\x14.seqfed.v1.RunStatus\x12G\n\x0bListClients\x12\x1d.seqfed.v1.ListClientsRequest\x1a\x17.seqfed.v1.ClientStatus0\x01\x12@\n\x0b\x45xportModel\x12\x1d.seqfed.v1.ExportModelRequest\x1a\x10.seqfed.v1.Chunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15seqfed/v1/admin.proto\x12\tseqfed.v1\x1a\x1aseqfed/v1/federation.proto\"Q\n\x0cSubmitHeader\x12\x0c\n\x04spec\x18\x01 \x01(\x0c\x12\x18\n\x10\x63heckpoint_bytes\x18\x02 \x01(\x04\x12\x19\n\x11\x63heckpoint_digest\x18\x03 \x01(\x0c\"e\n\rSubmitRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.seqfed.v1.SubmitHeaderH\x00\x12!\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x10.seqfed.v1.ChunkH\x00\x42\x06\n\x04part\"0\n\x0bSubmitReply\x12!\n\x03run\x18\x01 \x01(\x0b\x32\x14.seqfed.v1.RunStatus\".\n\x06Spread\x12\x0e\n\x06median\x18\x01 \x01(\x01\x12\x14\n\x0cworst_decile\x18\x02 \x01(\x01\"\x91\x05\n\x0bRoundRecord\x12\r\n\x05round\x18\x01 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06\x63ohort\x18\x03 \x03(\t\x12\x0e\n\x06\x66olded\x18\x04 \x03(\t\x12\x36\n\x08training\x18\x05 \x03(\x0b\x32$.seqfed.v1.RoundRecord.TrainingEntry\x12\x10\n\x08\x62ytes_up\x18\x07 \x01(\x04\x12\x12\n\nbytes_down\x18\x08 \x01(\x04\x12\x0f\n\x07seconds\x18\t \x01(\x01\x12 \n\x18slowest_training_seconds\x18\n \x01(\x01\x12:\n\nevaluation\x18\x0b \x03(\x0b\x32&.seqfed.v1.RoundRecord.EvaluationEntry\x12\x32\n\x06spread\x18\x0c \x03(\x0b\x32\".seqfed.v1.RoundRecord.SpreadEntry\x12\x1a\n\x12\x65valuated_examples\x18\r \x01(\x04\x12\x19\n\x11\x65valuated_clients\x18\x0e \x01(\r\x12\x30\n\x05stale\x18\x0f \x03(\x0b\x32!.seqfed.v1.RoundRecord.StaleEntry\x1a/\n\rTrainingEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x12:\x02\x38\x01\x1a\x31\n\x0f\x45valuationEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a@\n\x0bSpreadEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.seqfed.v1.Spread:\x02\x38\x01\x1a,\n\nStaleEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01J\x04\x08\x06\x10\x07\"\xab\x01\n\nTaskStatus\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x1f\n\x05stage\x18\x03 \x01(\x0e\x32\x10.seqfed.v1.Stage\x12\x0c\n\x04\x64one\x18\x04 \x01(\x04\x12\r\n\x05total\x18\x05 \x01(\x04\x12\r\n\x05\x65poch\x18\x06 \x01(\r\x12\x0c\n\x04loss\x18\x07 \x01(\x01\x12\x10\n\x08silent_s\x18\x08 \x01(\x01\x12\x11\n\tconnected\x18\t \x01(\x08\"\xb1\x03\n\tRunStatus\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05phase\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0e\n\x06rounds\x18\x05 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\x12\x0e\n\x06\x63ohort\x18\x07 \x03(\t\x12\x0f\n\x07pending\x18\x08 \x03(\t\x12\x0e\n\x06reason\x18\t \x01(\t\x12\'\n\x07history\x18\n \x03(\x0b\x32\x16.seqfed.v1.RoundRecord\x12\x10\n\x08\x62ytes_up\x18\x0b \x01(\x04\x12\x12\n\nbytes_down\x18\x0c \x01(\x04\x12\x0f\n\x07seconds\x18\r \x01(\x01\x12\x0c\n\x04spec\x18\x0e \x01(\x0c\x12\r\n\x05\x65nded\x18\x0f \x01(\x08\x12\x32\n\x07metrics\x18\x10 \x03(\x0b\x32!.seqfed.v1.RunStatus.MetricsEntry\x12$\n\x05tasks\x18\x11 \x03(\x0b\x32\x15.seqfed.v1.TaskStatus\x12\x12\n\ndeadline_s\x18\x12 \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x11\n\x0fListRunsRequest\"3\n\x0fWatchRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x13\n\x0b\x61\x66ter_round\x18\x02 \x01(\r\"\x1d\n\x0eStopRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x1e\n\x0fPauseRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"\x1f\n\x10ResumeRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\"w\n\x0c\x43lientStatus\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12\x11\n\tconnected\x18\x02 \x01(\x08\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x0c\n\x04task\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x61ta_schema\x18\x05 \x01(\x0c\x12\x10\n\x08software\x18\x06 \x01(\t\"\x14\n\x12ListClientsRequest\"1\n\x12\x45xportModelRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x32\x8a\x04\n\x05\x41\x64min\x12<\n\x06Submit\x12\x18.seqfed.v1.SubmitRequest\x1a\x16.seqfed.v1.SubmitReply(\x01\x12>\n\x08ListRuns\x12\x1a.seqfed.v1.ListRunsRequest\x1a\x14.seqfed.v1.RunStatus0\x01\x12>\n\x08WatchRun\x12\x1a.seqfed.v1.WatchRunRequest\x1a\x14.seqfed.v1.RunStatus0\x01\x12:\n\x07StopRun\x12\x19.seqfed.v1.StopRunRequest\x1a\x14.seqfed.v1.RunStatus\x12<\n\x08PauseRun\x12\x1a.seqfed.v1.PauseRunRequest\x1a\x14.seqfed.v1.RunStatus\x12>\n\tResumeRun\x12\x1b.seqfed.v1.ResumeRunRequest\x1a\x14.seqfed.v1.RunStatus\x12G\n\x0bListClients\x12\x1d.seqfed.v1.ListClientsRequest\x1a\x17.seqfed.v1.ClientStatus0\x01\x12@\n\x0b\x45xportModel\x12\x1d.seqfed.v1.ExportModelRequest\x1a\x10.seqfed.v1.Chunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,6 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUNDRECORD_EVALUATIONENTRY']._serialized_options = b'8\001'
   _globals['_ROUNDRECORD_SPREADENTRY']._loaded_options = None
   _globals['_ROUNDRECORD_SPREADENTRY']._serialized_options = b'8\001'
+  _globals['_ROUNDRECORD_STALEENTRY']._loaded_options = None
+  _globals['_ROUNDRECORD_STALEENTRY']._serialized_options = b'8\001'
   _globals['_RUNSTATUS_METRICSENTRY']._loaded_options = None
   _globals['_RUNSTATUS_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_SUBMITHEADER']._serialized_start=64
@@ -49,29 +51,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SPREAD']._serialized_start=300
   _globals['_SPREAD']._serialized_end=346
   _globals['_ROUNDRECORD']._serialized_start=349
-  _globals['_ROUNDRECORD']._serialized_end=910
-  _globals['_ROUNDRECORD_TRAININGENTRY']._serialized_start=740
-  _globals['_ROUNDRECORD_TRAININGENTRY']._serialized_end=787
-  _globals['_ROUNDRECORD_EVALUATIONENTRY']._serialized_start=789
-  _globals['_ROUNDRECORD_EVALUATIONENTRY']._serialized_end=838
-  _globals['_ROUNDRECORD_SPREADENTRY']._serialized_start=840
-  _globals['_ROUNDRECORD_SPREADENTRY']._serialized_end=904
-  _globals['_RUNSTATUS']._serialized_start=913
-  _globals['_RUNSTATUS']._serialized_end=1288
-  _globals['_RUNSTATUS_METRICSENTRY']._serialized_start=1242
-  _globals['_RUNSTATUS_METRICSENTRY']._serialized_end=1288
-  _globals['_LISTRUNSREQUEST']._serialized_start=1290
-  _globals['_LISTRUNSREQUEST']._serialized_end=1307
-  _globals['_WATCHRUNREQUEST']._serialized_start=1309
-  _globals['_WATCHRUNREQUEST']._serialized_end=1360
-  _globals['_STOPRUNREQUEST']._serialized_start=1362
-  _globals['_STOPRUNREQUEST']._serialized_end=1391
-  _globals['_CLIENTSTATUS']._serialized_start=1393
-  _globals['_CLIENTSTATUS']._serialized_end=1512
-  _globals['_LISTCLIENTSREQUEST']._serialized_start=1514
-  _globals['_LISTCLIENTSREQUEST']._serialized_end=1534
-  _globals['_EXPORTMODELREQUEST']._serialized_start=1536
-  _globals['_EXPORTMODELREQUEST']._serialized_end=1585
-  _globals['_ADMIN']._serialized_start=1588
-  _globals['_ADMIN']._serialized_end=1984
+  _globals['_ROUNDRECORD']._serialized_end=1006
+  _globals['_ROUNDRECORD_TRAININGENTRY']._serialized_start=790
+  _globals['_ROUNDRECORD_TRAININGENTRY']._serialized_end=837
+  _globals['_ROUNDRECORD_EVALUATIONENTRY']._serialized_start=839
+  _globals['_ROUNDRECORD_EVALUATIONENTRY']._serialized_end=888
+  _globals['_ROUNDRECORD_SPREADENTRY']._serialized_start=890
+  _globals['_ROUNDRECORD_SPREADENTRY']._serialized_end=954
+  _globals['_ROUNDRECORD_STALEENTRY']._serialized_start=956
+  _globals['_ROUNDRECORD_STALEENTRY']._serialized_end=1000
+  _globals['_TASKSTATUS']._serialized_start=1009
+  _globals['_TASKSTATUS']._serialized_end=1180
+  _globals['_RUNSTATUS']._serialized_start=1183
+  _globals['_RUNSTATUS']._serialized_end=1616
+  _globals['_RUNSTATUS_METRICSENTRY']._serialized_start=1570
+  _globals['_RUNSTATUS_METRICSENTRY']._serialized_end=1616
+  _globals['_LISTRUNSREQUEST']._serialized_start=1618
+  _globals['_LISTRUNSREQUEST']._serialized_end=1635
+  _globals['_WATCHRUNREQUEST']._serialized_start=1637
+  _globals['_WATCHRUNREQUEST']._serialized_end=1688
+  _globals['_STOPRUNREQUEST']._serialized_start=1690
+  _globals['_STOPRUNREQUEST']._serialized_end=1719
+  _globals['_PAUSERUNREQUEST']._serialized_start=1721
+  _globals['_PAUSERUNREQUEST']._serialized_end=1751
+  _globals['_RESUMERUNREQUEST']._serialized_start=1753
+  _globals['_RESUMERUNREQUEST']._serialized_end=1784
+  _globals['_CLIENTSTATUS']._serialized_start=1786
+  _globals['_CLIENTSTATUS']._serialized_end=1905
+  _globals['_LISTCLIENTSREQUEST']._serialized_start=1907
+  _globals['_LISTCLIENTSREQUEST']._serialized_end=1927
+  _globals['_EXPORTMODELREQUEST']._serialized_start=1929
+  _globals['_EXPORTMODELREQUEST']._serialized_end=1978
+  _globals['_ADMIN']._serialized_start=1981
+  _globals['_ADMIN']._serialized_end=2503
 # @@protoc_insertion_point(module_scope)

@@ -182,6 +182,26 @@ class RoundRecord(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class StaleEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROUND_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     COHORT_FIELD_NUMBER: _builtins.int
@@ -195,6 +215,7 @@ class RoundRecord(_message.Message):
     SPREAD_FIELD_NUMBER: _builtins.int
     EVALUATED_EXAMPLES_FIELD_NUMBER: _builtins.int
     EVALUATED_CLIENTS_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     attempt: _builtins.int
     bytes_up: _builtins.int
@@ -229,6 +250,10 @@ class RoundRecord(_message.Message):
         by metric
         """
 
+    @_builtins.property
+    def stale(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """those of `folded` whose update was of an earlier round, and how many rounds earlier"""
+
     def __init__(
         self,
         *,
@@ -245,14 +270,64 @@ class RoundRecord(_message.Message):
         spread: _abc.Mapping[_builtins.str, Global___Spread] | None = ...,
         evaluated_examples: _builtins.int = ...,
         evaluated_clients: _builtins.int = ...,
+        stale: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "cohort", b"cohort", "evaluated_clients", b"evaluated_clients", "evaluated_examples", b"evaluated_examples", "evaluation", b"evaluation", "folded", b"folded", "round", b"round", "seconds", b"seconds", "slowest_training_seconds", b"slowest_training_seconds", "spread", b"spread", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "cohort", b"cohort", "evaluated_clients", b"evaluated_clients", "evaluated_examples", b"evaluated_examples", "evaluation", b"evaluation", "folded", b"folded", "round", b"round", "seconds", b"seconds", "slowest_training_seconds", b"slowest_training_seconds", "spread", b"spread", "stale", b"stale", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoundRecord: _TypeAlias = RoundRecord  # noqa: Y015
+
+@_typing.final
+class TaskStatus(_message.Message):
+    """A client's task under way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    SILENT_S_FIELD_NUMBER: _builtins.int
+    CONNECTED_FIELD_NUMBER: _builtins.int
+    client: _builtins.str
+    round: _builtins.int
+    """that it was asked in; an earlier one than the run's for a late update"""
+    stage: _federation_pb2.Stage.ValueType
+    """unspecified: it has not said anything yet"""
+    done: _builtins.int
+    """as in ReportProgressRequest"""
+    total: _builtins.int
+    epoch: _builtins.int
+    loss: _builtins.float
+    silent_s: _builtins.float
+    """since anything was last heard of its work"""
+    connected: _builtins.bool
+    def __init__(
+        self,
+        *,
+        client: _builtins.str = ...,
+        round: _builtins.int = ...,
+        stage: _federation_pb2.Stage.ValueType = ...,
+        done: _builtins.int = ...,
+        total: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        loss: _builtins.float = ...,
+        silent_s: _builtins.float = ...,
+        connected: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "connected", b"connected", "done", b"done", "epoch", b"epoch", "loss", b"loss", "round", b"round", "silent_s", b"silent_s", "stage", b"stage", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TaskStatus: _TypeAlias = TaskStatus  # noqa: Y015
 
 @_typing.final
 class RunStatus(_message.Message):
@@ -294,6 +369,8 @@ class RunStatus(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
+    DEADLINE_S_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     name: _builtins.str
     phase: _builtins.str
@@ -312,6 +389,8 @@ class RunStatus(_message.Message):
     """since the run's start, 0 while queued"""
     spec: _builtins.bytes
     ended: _builtins.bool
+    deadline_s: _builtins.float
+    """until this phase's deadline; negative: it has none"""
     @_builtins.property
     def cohort(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -325,6 +404,10 @@ class RunStatus(_message.Message):
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """of the last round that was evaluated"""
+
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskStatus]:
+        """under way, by client"""
 
     def __init__(
         self,
@@ -345,10 +428,12 @@ class RunStatus(_message.Message):
         spec: _builtins.bytes = ...,
         ended: _builtins.bool = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        tasks: _abc.Iterable[Global___TaskStatus] | None = ...,
+        deadline_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "cohort", b"cohort", "ended", b"ended", "history", b"history", "metrics", b"metrics", "name", b"name", "pending", b"pending", "phase", b"phase", "reason", b"reason", "round", b"round", "rounds", b"rounds", "run", b"run", "seconds", b"seconds", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "cohort", b"cohort", "deadline_s", b"deadline_s", "ended", b"ended", "history", b"history", "metrics", b"metrics", "name", b"name", "pending", b"pending", "phase", b"phase", "reason", b"reason", "round", b"round", "rounds", b"rounds", "run", b"run", "seconds", b"seconds", "spec", b"spec", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -411,6 +496,44 @@ class StopRunRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StopRunRequest: _TypeAlias = StopRunRequest  # noqa: Y015
+
+@_typing.final
+class PauseRunRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseRunRequest: _TypeAlias = PauseRunRequest  # noqa: Y015
+
+@_typing.final
+class ResumeRunRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeRunRequest: _TypeAlias = ResumeRunRequest  # noqa: Y015
 
 @_typing.final
 class ClientStatus(_message.Message):

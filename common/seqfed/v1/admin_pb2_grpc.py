@@ -55,6 +55,16 @@ class AdminStub:
                 request_serializer=seqfed_dot_v1_dot_admin__pb2.StopRunRequest.SerializeToString,
                 response_deserializer=seqfed_dot_v1_dot_admin__pb2.RunStatus.FromString,
                 _registered_method=True)
+        self.PauseRun = channel.unary_unary(
+                '/seqfed.v1.Admin/PauseRun',
+                request_serializer=seqfed_dot_v1_dot_admin__pb2.PauseRunRequest.SerializeToString,
+                response_deserializer=seqfed_dot_v1_dot_admin__pb2.RunStatus.FromString,
+                _registered_method=True)
+        self.ResumeRun = channel.unary_unary(
+                '/seqfed.v1.Admin/ResumeRun',
+                request_serializer=seqfed_dot_v1_dot_admin__pb2.ResumeRunRequest.SerializeToString,
+                response_deserializer=seqfed_dot_v1_dot_admin__pb2.RunStatus.FromString,
+                _registered_method=True)
         self.ListClients = channel.unary_stream(
                 '/seqfed.v1.Admin/ListClients',
                 request_serializer=seqfed_dot_v1_dot_admin__pb2.ListClientsRequest.SerializeToString,
@@ -97,6 +107,20 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseRun(self, request, context):
+        """Dismisses the clients and keeps the run as it is; what is complete of the round under way is not asked for again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeRun(self, request, context):
+        """Queues a paused run again, whoever paused it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListClients(self, request, context):
         """All clients that were ever here, by name.
         """
@@ -132,6 +156,16 @@ def add_AdminServicer_to_server(servicer, server):
             'StopRun': grpc.unary_unary_rpc_method_handler(
                     servicer.StopRun,
                     request_deserializer=seqfed_dot_v1_dot_admin__pb2.StopRunRequest.FromString,
+                    response_serializer=seqfed_dot_v1_dot_admin__pb2.RunStatus.SerializeToString,
+            ),
+            'PauseRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseRun,
+                    request_deserializer=seqfed_dot_v1_dot_admin__pb2.PauseRunRequest.FromString,
+                    response_serializer=seqfed_dot_v1_dot_admin__pb2.RunStatus.SerializeToString,
+            ),
+            'ResumeRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeRun,
+                    request_deserializer=seqfed_dot_v1_dot_admin__pb2.ResumeRunRequest.FromString,
                     response_serializer=seqfed_dot_v1_dot_admin__pb2.RunStatus.SerializeToString,
             ),
             'ListClients': grpc.unary_stream_rpc_method_handler(
@@ -252,6 +286,60 @@ class Admin:
             target,
             '/seqfed.v1.Admin/StopRun',
             seqfed_dot_v1_dot_admin__pb2.StopRunRequest.SerializeToString,
+            seqfed_dot_v1_dot_admin__pb2.RunStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/seqfed.v1.Admin/PauseRun',
+            seqfed_dot_v1_dot_admin__pb2.PauseRunRequest.SerializeToString,
+            seqfed_dot_v1_dot_admin__pb2.RunStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/seqfed.v1.Admin/ResumeRun',
+            seqfed_dot_v1_dot_admin__pb2.ResumeRunRequest.SerializeToString,
             seqfed_dot_v1_dot_admin__pb2.RunStatus.FromString,
             options,
             channel_credentials,

@@ -39,6 +39,10 @@ class AdminStub:
     WatchRun: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchRunRequest, _admin_pb2.RunStatus]
     """A snapshot at once and after every change; the stream ends when the run has ended."""
     StopRun: _grpc.UnaryUnaryMultiCallable[_admin_pb2.StopRunRequest, _admin_pb2.RunStatus]
+    PauseRun: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PauseRunRequest, _admin_pb2.RunStatus]
+    """Dismisses the clients and keeps the run as it is; what is complete of the round under way is not asked for again."""
+    ResumeRun: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ResumeRunRequest, _admin_pb2.RunStatus]
+    """Queues a paused run again, whoever paused it."""
     ListClients: _grpc.UnaryStreamMultiCallable[_admin_pb2.ListClientsRequest, _admin_pb2.ClientStatus]
     """All clients that were ever here, by name."""
     ExportModel: _grpc.UnaryStreamMultiCallable[_admin_pb2.ExportModelRequest, _federation_pb2.Chunk]
@@ -54,6 +58,10 @@ class AdminAsyncStub(AdminStub):
     WatchRun: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchRunRequest, _admin_pb2.RunStatus]  # type: ignore[assignment]
     """A snapshot at once and after every change; the stream ends when the run has ended."""
     StopRun: _aio.UnaryUnaryMultiCallable[_admin_pb2.StopRunRequest, _admin_pb2.RunStatus]  # type: ignore[assignment]
+    PauseRun: _aio.UnaryUnaryMultiCallable[_admin_pb2.PauseRunRequest, _admin_pb2.RunStatus]  # type: ignore[assignment]
+    """Dismisses the clients and keeps the run as it is; what is complete of the round under way is not asked for again."""
+    ResumeRun: _aio.UnaryUnaryMultiCallable[_admin_pb2.ResumeRunRequest, _admin_pb2.RunStatus]  # type: ignore[assignment]
+    """Queues a paused run again, whoever paused it."""
     ListClients: _aio.UnaryStreamMultiCallable[_admin_pb2.ListClientsRequest, _admin_pb2.ClientStatus]  # type: ignore[assignment]
     """All clients that were ever here, by name."""
     ExportModel: _aio.UnaryStreamMultiCallable[_admin_pb2.ExportModelRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
@@ -90,6 +98,22 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.StopRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.RunStatus, _abc.Awaitable[_admin_pb2.RunStatus]]: ...
+
+    @_abc_1.abstractmethod
+    def PauseRun(
+        self,
+        request: _admin_pb2.PauseRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RunStatus, _abc.Awaitable[_admin_pb2.RunStatus]]:
+        """Dismisses the clients and keeps the run as it is; what is complete of the round under way is not asked for again."""
+
+    @_abc_1.abstractmethod
+    def ResumeRun(
+        self,
+        request: _admin_pb2.ResumeRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RunStatus, _abc.Awaitable[_admin_pb2.RunStatus]]:
+        """Queues a paused run again, whoever paused it."""
 
     @_abc_1.abstractmethod
     def ListClients(

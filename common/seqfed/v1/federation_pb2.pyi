@@ -49,6 +49,39 @@ TASK_KIND_CANCEL: TaskKind.ValueType  # 3
 """the run no longer wants this client's work; drop it"""
 Global___TaskKind: _TypeAlias = TaskKind  # noqa: Y015
 
+class _Stage:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Stage.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STAGE_UNSPECIFIED: _Stage.ValueType  # 0
+    STAGE_READING: _Stage.ValueType  # 1
+    """the data; done and total are 0"""
+    STAGE_FETCHING: _Stage.ValueType  # 2
+    """the model; done and total in bytes"""
+    STAGE_TRAINING: _Stage.ValueType  # 3
+    """in batches"""
+    STAGE_EVALUATING: _Stage.ValueType  # 4
+    """in batches"""
+    STAGE_SENDING: _Stage.ValueType  # 5
+    """the update; in bytes"""
+
+class Stage(_Stage, metaclass=_StageEnumTypeWrapper): ...
+
+STAGE_UNSPECIFIED: Stage.ValueType  # 0
+STAGE_READING: Stage.ValueType  # 1
+"""the data; done and total are 0"""
+STAGE_FETCHING: Stage.ValueType  # 2
+"""the model; done and total in bytes"""
+STAGE_TRAINING: Stage.ValueType  # 3
+"""in batches"""
+STAGE_EVALUATING: Stage.ValueType  # 4
+"""in batches"""
+STAGE_SENDING: Stage.ValueType  # 5
+"""the update; in bytes"""
+Global___Stage: _TypeAlias = Stage  # noqa: Y015
+
 @_typing.final
 class JoinRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -58,6 +91,7 @@ class JoinRequest(_message.Message):
     INSTANCE_FIELD_NUMBER: _builtins.int
     SOFTWARE_FIELD_NUMBER: _builtins.int
     DATA_SCHEMA_FIELD_NUMBER: _builtins.int
+    WORKING_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """version of this contract; both sides must have the same"""
     client: _builtins.str
@@ -68,6 +102,10 @@ class JoinRequest(_message.Message):
     """version of the package, for the operator's eyes"""
     data_schema: _builtins.bytes
     """JSON of seqfed.common.schema.DataSchema"""
+    @_builtins.property
+    def working(self) -> Global___TaskKey:
+        """the task in hand, which a loss of connection does not stop; absent: none, so it can be asked"""
+
     def __init__(
         self,
         *,
@@ -76,10 +114,11 @@ class JoinRequest(_message.Message):
         instance: _builtins.str = ...,
         software: _builtins.str = ...,
         data_schema: _builtins.bytes = ...,
+        working: Global___TaskKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["working", b"working"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "data_schema", b"data_schema", "instance", b"instance", "protocol", b"protocol", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "data_schema", b"data_schema", "instance", b"instance", "protocol", b"protocol", "software", b"software", "working", b"working"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -90,16 +129,20 @@ class JoinReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
+    SPREAD_S_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """32 hex digits; sent as metadata "seqfed-session" with every later call"""
+    spread_s: _builtins.float
+    """when the server is lost, dial again after a random part of so many seconds: all come back at once"""
     def __init__(
         self,
         *,
         session: _builtins.str = ...,
+        spread_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "spread_s", b"spread_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -224,20 +267,24 @@ class FetchModelRequest(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     version: _builtins.int
     offset: _builtins.int
     """bytes already held; a multiple of 4"""
+    chunk_bytes: _builtins.int
+    """size of the chunks wanted, 4 KiB to 512 KiB, a multiple of 4; 0: 512 KiB. What breaks is sent again"""
     def __init__(
         self,
         *,
         run: _builtins.str = ...,
         version: _builtins.int = ...,
         offset: _builtins.int = ...,
+        chunk_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "run", b"run", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "offset", b"offset", "run", b"run", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -252,7 +299,7 @@ class Chunk(_message.Message):
     offset: _builtins.int
     """of the first byte of `data` in the whole"""
     data: _builtins.bytes
-    """512 KiB; only the last may be shorter"""
+    """4 bytes to 512 KiB, a multiple of 4"""
     def __init__(
         self,
         *,
@@ -497,6 +544,59 @@ class SubmitEvaluationReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SubmitEvaluationReply: _TypeAlias = SubmitEvaluationReply  # noqa: Y015
+
+@_typing.final
+class ReportProgressRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    stage: Global___Stage.ValueType
+    done: _builtins.int
+    total: _builtins.int
+    """0: not known"""
+    epoch: _builtins.int
+    """of the training, from 1; 0: none"""
+    loss: _builtins.float
+    """of the training's last batch; NaN: none"""
+    @_builtins.property
+    def key(self) -> Global___TaskKey: ...
+    def __init__(
+        self,
+        *,
+        key: Global___TaskKey | None = ...,
+        stage: Global___Stage.ValueType = ...,
+        done: _builtins.int = ...,
+        total: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        loss: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "epoch", b"epoch", "key", b"key", "loss", b"loss", "stage", b"stage", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportProgressRequest: _TypeAlias = ReportProgressRequest  # noqa: Y015
+
+@_typing.final
+class ReportProgressReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportProgressReply: _TypeAlias = ReportProgressReply  # noqa: Y015
 
 @_typing.final
 class ReportFailureRequest(_message.Message):

@@ -64,6 +64,11 @@ class FederationStub:
                 request_serializer=seqfed_dot_v1_dot_federation__pb2.SubmitEvaluationRequest.SerializeToString,
                 response_deserializer=seqfed_dot_v1_dot_federation__pb2.SubmitEvaluationReply.FromString,
                 _registered_method=True)
+        self.ReportProgress = channel.unary_unary(
+                '/seqfed.v1.Federation/ReportProgress',
+                request_serializer=seqfed_dot_v1_dot_federation__pb2.ReportProgressRequest.SerializeToString,
+                response_deserializer=seqfed_dot_v1_dot_federation__pb2.ReportProgressReply.FromString,
+                _registered_method=True)
         self.ReportFailure = channel.unary_unary(
                 '/seqfed.v1.Federation/ReportFailure',
                 request_serializer=seqfed_dot_v1_dot_federation__pb2.ReportFailureRequest.SerializeToString,
@@ -116,6 +121,13 @@ class FederationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportProgress(self, request, context):
+        """How far the task in hand is; also the sign that its work goes on. Refused once the task is no longer wanted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReportFailure(self, request, context):
         """A task that this client cannot do, and why, in words for the operator.
         """
@@ -155,6 +167,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.SubmitEvaluation,
                     request_deserializer=seqfed_dot_v1_dot_federation__pb2.SubmitEvaluationRequest.FromString,
                     response_serializer=seqfed_dot_v1_dot_federation__pb2.SubmitEvaluationReply.SerializeToString,
+            ),
+            'ReportProgress': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportProgress,
+                    request_deserializer=seqfed_dot_v1_dot_federation__pb2.ReportProgressRequest.FromString,
+                    response_serializer=seqfed_dot_v1_dot_federation__pb2.ReportProgressReply.SerializeToString,
             ),
             'ReportFailure': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportFailure,
@@ -324,6 +341,33 @@ class Federation:
             '/seqfed.v1.Federation/SubmitEvaluation',
             seqfed_dot_v1_dot_federation__pb2.SubmitEvaluationRequest.SerializeToString,
             seqfed_dot_v1_dot_federation__pb2.SubmitEvaluationReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportProgress(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/seqfed.v1.Federation/ReportProgress',
+            seqfed_dot_v1_dot_federation__pb2.ReportProgressRequest.SerializeToString,
+            seqfed_dot_v1_dot_federation__pb2.ReportProgressReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,8 @@ class FederationStub:
     """One update: a header first, then chunks in order from the header's offset. The reply comes after it is durable."""
     SubmitEvaluation: _grpc.UnaryUnaryMultiCallable[_federation_pb2.SubmitEvaluationRequest, _federation_pb2.SubmitEvaluationReply]
     """The exact sums of an evaluation task."""
+    ReportProgress: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ReportProgressRequest, _federation_pb2.ReportProgressReply]
+    """How far the task in hand is; also the sign that its work goes on. Refused once the task is no longer wanted."""
     ReportFailure: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ReportFailureRequest, _federation_pb2.ReportFailureReply]
     """A task that this client cannot do, and why, in words for the operator."""
 
@@ -66,6 +68,8 @@ class FederationAsyncStub(FederationStub):
     """One update: a header first, then chunks in order from the header's offset. The reply comes after it is durable."""
     SubmitEvaluation: _aio.UnaryUnaryMultiCallable[_federation_pb2.SubmitEvaluationRequest, _federation_pb2.SubmitEvaluationReply]  # type: ignore[assignment]
     """The exact sums of an evaluation task."""
+    ReportProgress: _aio.UnaryUnaryMultiCallable[_federation_pb2.ReportProgressRequest, _federation_pb2.ReportProgressReply]  # type: ignore[assignment]
+    """How far the task in hand is; also the sign that its work goes on. Refused once the task is no longer wanted."""
     ReportFailure: _aio.UnaryUnaryMultiCallable[_federation_pb2.ReportFailureRequest, _federation_pb2.ReportFailureReply]  # type: ignore[assignment]
     """A task that this client cannot do, and why, in words for the operator."""
 
@@ -117,6 +121,14 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.SubmitEvaluationReply, _abc.Awaitable[_federation_pb2.SubmitEvaluationReply]]:
         """The exact sums of an evaluation task."""
+
+    @_abc_1.abstractmethod
+    def ReportProgress(
+        self,
+        request: _federation_pb2.ReportProgressRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.ReportProgressReply, _abc.Awaitable[_federation_pb2.ReportProgressReply]]:
+        """How far the task in hand is; also the sign that its work goes on. Refused once the task is no longer wanted."""
 
     @_abc_1.abstractmethod
     def ReportFailure(

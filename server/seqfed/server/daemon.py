@@ -1,4 +1,7 @@
-"""The daemon: puts store, coordinator and services together, listens, and stops cleanly on SIGTERM or Ctrl-C."""
+"""The daemon: puts store, coordinator and services together, listens, and stops cleanly on SIGTERM or Ctrl-C.
+
+It serves for as long as it holds the store's lease, and not a moment longer.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,14 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import grpc
 import platformdirs
@@ -18,36 +24,96 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from seqfed.common import addresses
-from seqfed.common.errors import PortInUse
+from seqfed.common.errors import LeaseLost, PortInUse, StorageError, StorageFull
 from seqfed.server.coordinator import Coordinator
 from seqfed.server.servicers import Admin, Federation
 from seqfed.server.settings import ServerSettings
-from seqfed.server.store import open_store
+from seqfed.server.store import Store, connect
 from seqfed.v1 import admin_pb2, admin_pb2_grpc, federation_pb2, federation_pb2_grpc
 
 log = logging.getLogger("seqfed.server")
 
+T = TypeVar("T")
+
 GRACE: Final = 2.0  # seconds that calls under way have when the daemon stops
+STANDING_BY_S: Final = 60.0  # between two log lines of one that waits for its turn
 CHANNEL_OPTIONS: Final = (
     ("grpc.so_reuseport", 0),  # a second daemon on the same port must fail, not share it
     ("grpc.http2.bdp_probe", 0),  # a window that grows with the link's speed grows the server's memory with its clients
     ("grpc.http2.lookahead_bytes", 2 << 20),  # bytes of a stream that may wait to be read
-    ("grpc.keepalive_time_ms", 15_000),  # a dead peer is noticed within 15 + 10 s
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_time_ms", 12_000),  # a dead peer is noticed within 12 + 16 s; less would break slow links off
+    ("grpc.keepalive_timeout_ms", 16_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients ping every 15 s
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients ping every 12 s
+    ("grpc.max_receive_message_length", 4 << 20),  # a chunk is 512 KiB, a hello less
+    ("grpc.max_metadata_size", 16 << 10),
 )
 
 
 @contextlib.asynccontextmanager
 async def serving(settings: ServerSettings) -> AsyncIterator[str]:
-    """A running daemon inside this event loop; yields its address. Raises PortInUse, StorageError, InsecureRefused."""
+    """A running daemon inside this event loop; yields its address.
+
+    With `standby` it may take long to begin. Raises PortInUse, StorageError, ConfigError, InsecureRefused; once it runs,
+    LeaseLost if another daemon has taken over, and the block is then cancelled.
+    """
     addresses.require_private(settings.host, settings.insecure)
     folder = settings.state or Path(platformdirs.user_state_dir("seqfed")) / "server"
     settings = settings.model_copy(update={"state": folder})
-    store = await asyncio.to_thread(open_store, folder)
-    coordinator = Coordinator(store, settings)
-    server = grpc.aio.server(options=CHANNEL_OPTIONS)
+    async with _its_turn(settings, folder) as store, _held(store) as lost:
+        await _whole(asyncio.to_thread(store.prepare))
+        coordinator = Coordinator(store, settings)
+        server, names, checks = _services(coordinator, settings)
+        try:
+            port = server.add_insecure_port(addresses.join(settings.host, settings.port))
+        except RuntimeError as error:
+            raise PortInUse(
+                f"cannot listen on {addresses.join(settings.host, settings.port)}: another process has it or the address "
+                "is not this machine's; pass another --port, or stop the other process"
+            ) from error
+        try:
+            await coordinator.take_up()
+        except BaseException:
+            await server.stop(None)
+            raise
+        work = asyncio.create_task(coordinator.run())
+        place, told = folder / "address.json", ""
+        try:
+            await server.start()
+            store.lease.address = address = addresses.join(settings.host, port)
+            await asyncio.to_thread(store.renew)
+            place.write_text(told := json.dumps({"address": address, "pid": os.getpid()}))
+            for name in ("", *names):
+                await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+            yield address
+        finally:
+            store.when_lost = _too_late
+            await _whole(_shut_down(coordinator, server, checks, work, None if lost.is_set() else GRACE))
+            if place.exists() and place.read_text() == told:  # it may be a successor's
+                place.unlink()
+
+
+async def _shut_down(
+    coordinator: Coordinator,
+    server: grpc.aio.Server,
+    checks: health.aio.HealthServicer,
+    work: asyncio.Task[None],
+    grace: float | None,
+) -> None:
+    await checks.enter_graceful_shutdown()
+    coordinator.close()
+    await server.stop(grace)
+    await work
+
+
+def _services(
+    coordinator: Coordinator, settings: ServerSettings
+) -> tuple[grpc.aio.Server, list[str], health.aio.HealthServicer]:
+    """A server of everything that is served, not listening yet; the names of its services, and their health."""
+    server = grpc.aio.server(
+        options=(*CHANNEL_OPTIONS, ("grpc.max_concurrent_streams", settings.max_streams)),
+        maximum_concurrent_rpcs=2 * settings.max_clients + 1000,  # each client listens, and works
+    )
     federation_pb2_grpc.add_FederationServicer_to_server(Federation(coordinator), server)
     admin_pb2_grpc.add_AdminServicer_to_server(Admin(coordinator, settings), server)
     checks = health.aio.HealthServicer()
@@ -55,54 +121,112 @@ async def serving(settings: ServerSettings) -> AsyncIterator[str]:
     files = (federation_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR)
     names = [str(service.full_name) for file in files for service in file.services_by_name.values()]
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    return server, names, checks
+
+
+@contextlib.asynccontextmanager
+async def _its_turn(settings: ServerSettings, folder: Path) -> AsyncIterator[Store]:
+    """The store, once this daemon has it."""
+    store = await asyncio.to_thread(
+        connect, folder, database=settings.database, models=settings.models, lease_s=settings.lease_s
+    )
     try:
-        port = server.add_insecure_port(addresses.join(settings.host, settings.port))
-    except RuntimeError as error:
-        store.close()
-        raise PortInUse(
-            f"cannot listen on {addresses.join(settings.host, settings.port)}: another process has it or the address is "
-            "not this machine's; pass another --port, or stop the other process"
-        ) from error
-    try:
-        await coordinator.take_up()
-    except BaseException:
-        await server.stop(None)
-        store.close()
-        raise
-    work = asyncio.create_task(coordinator.run())
-    await server.start()
-    address = addresses.join(settings.host, port)
-    (folder / "address.json").write_text(json.dumps({"address": address, "pid": os.getpid()}))
-    for name in ("", *names):
-        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-    try:
-        yield address
+        steps, told = store.take(settings.standby), -math.inf
+        while (holder := await _whole(asyncio.to_thread(next, steps, None))) is not None:
+            if (now := time.monotonic()) - told >= STANDING_BY_S:
+                told = now
+                what = "standing by" if settings.standby else "waiting for the lease to end"
+                log.info("%s: %s has this database or state folder", what, holder)
+            await asyncio.sleep(holder.pause)
+        yield store
     finally:
-        await checks.enter_graceful_shutdown()
-        coordinator.close()
-        await server.stop(GRACE)
-        await work
-        (folder / "address.json").unlink(missing_ok=True)
-        store.close()
+        await asyncio.to_thread(store.close)
+
+
+@contextlib.asynccontextmanager
+async def _held(store: Store) -> AsyncIterator[asyncio.Event]:
+    """Renew the lease until the block ends. When it is lost, the event is set, the block cancelled, and LeaseLost raised."""
+    loop, block, lost = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
+    why: list[LeaseLost] = []
+
+    def give_up(error: LeaseLost) -> None:
+        if not why:
+            why.append(error)
+            lost.set()
+            assert block is not None
+            block.cancel()
+
+    def from_a_thread(error: LeaseLost) -> None:
+        loop.call_soon_threadsafe(give_up, error)
+
+    store.when_lost = from_a_thread
+    # A thread of its own, for those of the loop may all be at work for longer than the lease.
+    thread = ThreadPoolExecutor(1, "lease")
+    renewing = asyncio.create_task(_renew(store, thread))
+    try:
+        yield lost
+    except asyncio.CancelledError:
+        if why and block is not None and not block.uncancel():
+            raise why[0] from None
+        raise
+    finally:
+        store.when_lost = _too_late
+        renewing.cancel()
+        await asyncio.to_thread(thread.shutdown)
+    if why:
+        raise why[0]
+
+
+async def _renew(store: Store, thread: ThreadPoolExecutor) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(store.lease.seconds / 3)
+        try:
+            await loop.run_in_executor(thread, store.renew)
+        except LeaseLost:
+            return  # `when_lost` has said so
+        except (StorageError, StorageFull) as error:
+            log.warning("the lease could not be renewed: %s; again in %g s", error, store.lease.seconds / 3)
+
+
+async def _whole(work: Coroutine[Any, Any, T]) -> T:
+    """The work's result; a cancellation waits for its end, for neither a thread nor a stop can be left half way."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    finally:
+        await asyncio.wait([task])
+
+
+def _too_late(_: LeaseLost) -> None:
+    """It stops already."""
 
 
 async def serve(settings: ServerSettings) -> None:
-    """Run until SIGTERM or SIGINT; a second signal ends the process at once."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    """Run until SIGTERM or SIGINT; a second signal ends the process at once. Raises what `serving` raises."""
+    stop, loop, this = asyncio.Event(), asyncio.get_running_loop(), asyncio.current_task()
+    begun = False
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+        if not begun and this is not None:  # it may be standing by
+            this.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, stop)
-    async with serving(settings) as address:
-        if settings.insecure and not addresses.is_loopback(settings.host):
-            log.warning(
-                "plaintext on %s (--insecure): anybody on the way can read and alter models and updates", address
-            )
-        log.info("listening on %s", address)
-        await stop.wait()
-        log.info("stopping; runs under way go on when the server is started again")
-
-
-def _on_signal(stop: asyncio.Event) -> None:
-    if stop.is_set():
-        os._exit(130)
-    stop.set()
+        loop.add_signal_handler(number, on_signal)
+    try:
+        async with serving(settings) as address:
+            begun = True
+            if settings.insecure and not addresses.is_loopback(settings.host):
+                log.warning(
+                    "plaintext on %s (--insecure): anybody on the way can read and alter models and updates", address
+                )
+            log.info("listening on %s", address)
+            await stop.wait()
+            log.info("stopping; runs under way go on when the server is started again")
+    except asyncio.CancelledError:
+        if not stop.is_set() or this is None or this.uncancel():
+            raise
+        log.info("stopped before it had its turn")

@@ -7,9 +7,9 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from seqfed.common.errors import NameTaken, TooLarge, UnknownSession
+from seqfed.common.errors import NameTaken, Overloaded, UnknownSession
 from seqfed.common.schema import DataSchema
-from seqfed.common.views import Task
+from seqfed.common.views import Task, TaskKey
 
 
 @dataclass(eq=False)
@@ -22,6 +22,7 @@ class Connection:
     schema: DataSchema
     session: str
     since: float  # seconds since the epoch
+    working: TaskKey | None = None  # what it was at when it joined
     tasks: asyncio.Queue[Task | None] = field(default_factory=asyncio.Queue)  # None ends the stream
     listening: bool = False
     holds: bytes = b""  # the digest of the model that was last pushed whole
@@ -37,10 +38,18 @@ class Hub:
         self._by_name: dict[str, Connection] = {}
         self._by_session: dict[str, Connection] = {}
 
-    def join(self, client: str, instance: str, software: str, schema: DataSchema, now: float) -> Connection:
+    def join(
+        self,
+        client: str,
+        instance: str,
+        software: str,
+        schema: DataSchema,
+        now: float,
+        working: TaskKey | None = None,
+    ) -> Connection:
         """A new session. The same instance takes the place of its own earlier one, whose stream then ends.
 
-        Raises NameTaken if another instance is connected under this name, TooLarge if there is no room.
+        Raises NameTaken if another instance is connected under this name, Overloaded if there is no room.
         """
         old = self._by_name.get(client)
         if old is not None and old.listening and old.instance != instance:
@@ -50,8 +59,8 @@ class Hub:
         if old is None and len(self._by_name) >= self._max_clients:
             self._forget_idle()
         if old is None and len(self._by_name) >= self._max_clients:
-            raise TooLarge(f"{len(self._by_name):,} clients are connected, the limit (max_clients); try again later")
-        connection = Connection(client, instance, software, schema, secrets.token_hex(16), now)
+            raise Overloaded(f"{len(self._by_name):,} clients are connected, the limit (max_clients); try again later")
+        connection = Connection(client, instance, software, schema, secrets.token_hex(16), now, working)
         if old is not None:
             self._by_session.pop(old.session, None)
             old.tasks.put_nowait(None)

@@ -15,7 +15,14 @@ from typing import IO, Final
 
 import numpy as np
 
-from seqfed.common.errors import BrokenTransfer, LayoutMismatch, TooLarge, UpdateOutOfRange, storage_error
+from seqfed.common.errors import (
+    BrokenTransfer,
+    LayoutMismatch,
+    Overloaded,
+    TooLarge,
+    UpdateOutOfRange,
+    storage_error,
+)
 from seqfed.common.layout import BYTES_PER_PARAMETER, Layout
 from seqfed.common.metrics import TRAINED
 from seqfed.common.transfer import Reassembly
@@ -97,12 +104,15 @@ class Part:
 class Intake:
     """The incomplete updates of all clients, at most `in_flight` of them moving at the same time.
 
-    One from which nothing comes for `stall_s` seconds is broken off, as by a lost connection: it keeps others waiting.
+    One from which nothing comes for `stall_s` seconds is broken off, as by a lost connection: it keeps others waiting, of
+    which there are at most `waiting`.
     """
 
-    def __init__(self, in_flight: int, stall_s: float) -> None:
+    def __init__(self, in_flight: int, waiting: int, stall_s: float) -> None:
         self._moving = asyncio.Semaphore(in_flight)
         self._stall_s = stall_s
+        self._most = in_flight + waiting
+        self._here = 0  # uploads that move or wait
         self._parts: dict[tuple[str, str], Part] = {}  # by (run, client): a client works on one update at a time
 
     def received(self, client: str, run: str, digest: bytes) -> int:
@@ -124,10 +134,28 @@ class Intake:
         """Take the chunks of one update until it is whole, checked, and in its place, `final`.
 
         `weight`: what it will be folded with, as one of `cohort`. `meter` hears of the bytes of each chunk. Raises the
-        typed error for whatever is wrong; after a mere break what has come is kept, after anything else it is dropped.
+        typed error for whatever is wrong, Overloaded if too many wait; after a mere break what has come is kept, after
+        anything else it is dropped.
         """
         check_header(header, layout, cohort)
-        place = (header.key.run, client)
+        if self._here >= self._most:
+            raise Overloaded(f"{self._here:,} uploads wait for room (uploads_waiting); try again later")
+        self._here += 1
+        try:
+            await self._receive((header.key.run, client), header, weight, cohort, final, chunks, meter)
+        finally:
+            self._here -= 1
+
+    async def _receive(
+        self,
+        place: tuple[str, str],
+        header: UpdateHeader,
+        weight: int,
+        cohort: int,
+        final: Path,
+        chunks: AsyncIterator[tuple[int, bytes]],
+        meter: Callable[[int], None],
+    ) -> None:
         async with self._moving:
             part = self._continue(place, header, final)
             async with part.lock:
@@ -166,9 +194,9 @@ class Intake:
         if self._parts.get(place) is part:
             del self._parts[place]
 
-    def forget(self, run: str) -> None:
-        """Drop what is incomplete of this run: its round is over."""
-        for place in [place for place in self._parts if place[0] == run]:
+    def forget(self, run: str, but: Collection[str] = ()) -> None:
+        """Drop what is incomplete of this run, `but` of these clients: its round is over."""
+        for place in [place for place in self._parts if place[0] == run and place[1] not in but]:
             self._parts.pop(place).drop()
 
 

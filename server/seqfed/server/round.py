@@ -8,12 +8,26 @@ coordinator commits the state before it performs an effect, so a daemon killed a
 committed state with the event `Restarted`. The table at the end says which events mean something in which phase; any
 other raises IllegalTransition and changes nothing.
 
+Who is asked, and who is waited for:
+
+- A round wants `target` updates and asks a few more clients if the run over-selects; it is over when it has them, or at the
+  deadline (or the grace after the quorum) with at least the quorum. A client that is silent is no longer waited for; only
+  progress keeps it in, not presence.
+- Who misses a round rests: for 0, 1, 3, 7, 15 rounds after so many misses in a row, unless too few others are there or it
+  connects anew. So a round that is tried again has another cohort; its complete updates stay.
+- Where late updates count, whoever has not answered when a round is over goes on, `owing` it; such an update is folded into
+  the sum that is open when it comes, weighing less the older it is.
+- An asynchronous run (FedBuff, Nguyen et al. 2022, Algorithm 1) is all that with a buffer for a target: every answer lets
+  another idle client begin, whoever has not answered when the buffer is full owes, and late updates count like others.
+- Without a quorum after the last attempt the run pauses; nothing is lost, and `ResumeRequested` queues it again.
+
 Events that merely come too late (an update after the deadline) are not illegal: the machine itself raises WrongRound for
 them, and again nothing changes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -24,15 +38,21 @@ from seqfed.common.metrics import SMALLER_IS_BETTER, add, spread, summary
 from seqfed.common.seeds import generator
 from seqfed.common.spec import RunSpec
 
+LONGEST_REST: Final = 16  # rounds
+TIMES: Final = 50  # answers that the adaptive deadline is made of
+FEWEST_TIMES: Final = 5  # before there are so many, the deadline is the fixed one
+SHORTEST_DEADLINE: Final = 1.0  # seconds: however quick the last answers were
+
 
 class Phase(Enum):
     """Where a run stands."""
 
-    QUEUED = "queued"  # submitted; another run has its turn, or too few clients are there
+    QUEUED = "queued"  # submitted or resumed; another run has its turn, or too few clients are there
     GATHERING = "gathering"  # has its turn and waits for enough clients to begin the next round
     TRAINING = "training"  # the cohort has been asked and updates arrive
     COMMITTING = "committing"  # enough updates are folded; the new model is being made durable
     EVALUATING = "evaluating"  # the new model is durable and is being scored
+    PAUSED = "paused"  # by the operator, or since it cannot go on; until the operator resumes it
     FINISHED = "finished"
     STOPPED = "stopped"
     FAILED = "failed"
@@ -48,23 +68,31 @@ class Run:
 
     phase: Phase = Phase.QUEUED
     present: frozenset[str] = frozenset()  # fitting clients that are connected; not durable: a restart finds nobody
-    round: int = 0  # under way or about to begin, or the last one; 0 while queued
+    round: int = 0  # under way or about to begin, or the last one; 0 before the first
     attempt: int = 0  # of this round; a restart of the daemon makes one more
     given_up: int = 0  # attempts of this round that were given up
+    target: int = 0  # updates that this round wants
     cohort: tuple[str, ...] = ()  # asked in this phase
-    folded: tuple[str, ...] = ()  # their updates are in this round's sum
+    folded: tuple[str, ...] = ()  # their updates of this round are in its sum
+    late: tuple[
+        tuple[str, int], ...
+    ] = ()  # (client, round of its task) of the others that are in the sum or go into the next
+    owing: tuple[tuple[str, int], ...] = ()  # (client, round of its task) that may still answer an earlier round
     failed: tuple[tuple[str, str], ...] = ()  # (client, why) of this attempt
+    silent: tuple[str, ...] = ()  # of the pending: nothing has been heard of their work for too long
+    missed: tuple[tuple[str, int, int], ...] = ()  # (client, rounds in a row, the round in which it may be asked again)
+    times: tuple[float, ...] = ()  # seconds from the task to the update, of the last answers
     evaluated: tuple[str, ...] = ()  # have answered the evaluation
     evaluation: tuple[tuple[str, int], ...] = ()  # their summed tally, by name
     scores: tuple[tuple[str, tuple[float, ...]], ...] = ()  # each metric's values at those that have it
     newest: tuple[tuple[str, float], ...] = ()  # the metrics of the last round that was evaluated
     best: float | None = None  # the convergence metric's best value so far
     stale: int = 0  # evaluations since then
-    reason: str = ""  # why it ended, or why the last attempt was given up
+    reason: str = ""  # why it ended or paused, or why the last attempt was given up
 
     @property
     def pending(self) -> tuple[str, ...]:
-        """The clients that were asked and have not answered."""
+        """The clients that were asked in this phase and have not answered."""
         answered = {name for name, _ in self.failed}
         if self.phase is Phase.TRAINING:
             answered.update(self.folded)
@@ -73,6 +101,32 @@ class Run:
         else:
             return ()
         return tuple(name for name in self.cohort if name not in answered)
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """The pending clients from which something is still heard."""
+        return tuple(name for name in self.pending if name not in self.silent)
+
+    @property
+    def working(self) -> tuple[tuple[str, int], ...]:
+        """(client, round of its task) of everybody who is at work for this run."""
+        return (*((name, self.round) for name in self.pending), *self.owing)
+
+    @property
+    def sum_round(self) -> int:
+        """The round into whose sum an update goes that comes now."""
+        return self.round + 1 if self.phase in {Phase.COMMITTING, Phase.EVALUATING} else self.round
+
+    def wants(self, client: str, round_: int) -> bool:
+        """Whether this client's update for its task in that round would count."""
+        if (client, round_) in self.owing:
+            return self.phase in {Phase.GATHERING, Phase.TRAINING, Phase.EVALUATING}
+        return (
+            self.phase is Phase.TRAINING
+            and round_ == self.round
+            and client in self.cohort
+            and client not in self.folded
+        )
 
 
 # Events ---------------------------------------------------------------------------------------------------------------
@@ -85,18 +139,20 @@ class Turn:
 
 @dataclass(frozen=True)
 class ClientsChanged:
-    """Fitting clients came, perhaps again, or went."""
+    """Fitting clients came, perhaps again, or went. `working`: (client, round) of the arrived that say they are at a task."""
 
     arrived: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    working: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class UpdateArrived:
-    """A whole, valid update of this client lies on disk."""
+    """A whole, valid update of this client lies on disk. `seconds`: since it was asked; None: not known."""
 
     round: int
     client: str
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +174,14 @@ class TaskFailed:
 
 
 @dataclass(frozen=True)
+class Silence:
+    """Nothing has been heard of this client's work for too long; or (`over`) something is heard again."""
+
+    client: str
+    over: bool = False
+
+
+@dataclass(frozen=True)
 class ModelCommitted:
     """This round's model is durable."""
 
@@ -126,9 +190,13 @@ class ModelCommitted:
 
 @dataclass(frozen=True)
 class Broken:
-    """An effect could not be performed (the model could not be saved, say); the last committed model is still good."""
+    """An effect could not be performed (the model could not be saved, say); the last committed model is still good.
+
+    `passing`: what hinders it may go away, so the run only pauses.
+    """
 
     why: str
+    passing: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +206,16 @@ class DeadlinePassed:
     round: int
     attempt: int
     phase: Phase
+
+
+@dataclass(frozen=True)
+class PauseRequested:
+    """The operator wants the run to wait."""
+
+
+@dataclass(frozen=True)
+class ResumeRequested:
+    """The operator wants the run to go on."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +236,12 @@ Event = (
     | UpdateArrived
     | EvaluationArrived
     | TaskFailed
+    | Silence
     | ModelCommitted
     | Broken
     | DeadlinePassed
+    | PauseRequested
+    | ResumeRequested
     | StopRequested
     | Restarted
 )
@@ -189,14 +270,21 @@ class Ask:
 
 @dataclass(frozen=True)
 class Dismiss:
-    """Tell these clients that their task is no longer wanted."""
+    """Tell these clients, each at work on its task of that round, that it is no longer wanted."""
 
-    clients: tuple[str, ...]
+    clients: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class StartDeadline:
     """Send DeadlinePassed for this phase of the round after so many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Hasten:
+    """Move the deadline to so many seconds from now, if it is not nearer already."""
 
     seconds: float
 
@@ -222,11 +310,16 @@ class CloseRound:
 
 
 @dataclass(frozen=True)
+class Suspend:
+    """Give up the turn for a while: no deadline, no sum."""
+
+
+@dataclass(frozen=True)
 class EndRun:
     """Give up the turn; clients and operators learn that the run is over."""
 
 
-Effect = OpenSum | Fold | Ask | Dismiss | StartDeadline | CommitModel | CloseRound | EndRun
+Effect = OpenSum | Fold | Ask | Dismiss | StartDeadline | Hasten | CommitModel | CloseRound | Suspend | EndRun
 Step = tuple[Run, tuple[Effect, ...]]
 
 
@@ -245,90 +338,261 @@ def on(spec: RunSpec, run: Run, event: Event) -> Step:
 
 
 def _turn(spec: RunSpec, run: Run, _: Event) -> Step:
-    return _next_round(spec, run)
+    return _gather(spec, run) if run.round else _next_round(spec, run)
 
 
 def _next_round(spec: RunSpec, run: Run) -> Step:
-    return _gather(spec, replace(run, round=run.round + 1, attempt=0, given_up=0, folded=(), evaluated=(), reason=""))
+    number = run.round + 1
+    return _gather(
+        spec, replace(run, round=number, attempt=0, given_up=0, folded=(), evaluated=(), silent=(), reason="")
+    )
 
 
 def _gather(spec: RunSpec, run: Run) -> Step:
     """The next attempt at this round with a cohort drawn anew, or a wait for the clients that it needs."""
+    pool = _askable(spec, run)
+    target = _target(spec, run, pool)
+    if target is None:
+        return replace(run, phase=Phase.GATHERING, cohort=(), failed=(), silent=()), ()
+    return _begin_attempt(spec, replace(run, target=target), choose(spec, replace(run, target=target), pool))
+
+
+def _askable(spec: RunSpec, run: Run) -> tuple[str, ...]:
+    """Who may be asked: everybody present and idle who does not rest; if these are too few, those who rest the shortest."""
+    busy = {name for name, _ in run.owing} | {name for name, _ in run.late}
+    until = {name: number for name, _, number in run.missed}
+    idle = sorted(run.present - busy, key=lambda name: (max(until.get(name, 0), run.round), name))
+    rested = sum(until.get(name, 0) <= run.round for name in idle)
+    return tuple(idle[: max(rested, spec.cohort.required)])
+
+
+def _target(spec: RunSpec, run: Run, pool: tuple[str, ...]) -> int | None:
+    """How many updates of its own the round wants of these clients; None if it cannot begin with them."""
     if len(run.present) < spec.cohort.required:
-        return replace(run, phase=Phase.GATHERING, cohort=(), failed=()), ()
-    return _begin_attempt(spec, run, choose(spec, run.round, run.attempt + 1, run.present))
+        return None
+    if spec.asynchronous is not None:
+        return spec.asynchronous.buffer
+    size = spec.cohort.size(len(run.present))
+    here = len(set(pool) | set(run.folded))
+    least = min(spec.cohort.required, spec.cohort.needed(size))  # fewer than those present: some rest, or work already
+    return min(size, here) if here + len(run.late) >= least else None
+
+
+def choose(spec: RunSpec, run: Run, pool: Iterable[str]) -> tuple[str, ...]:
+    """The cohort of the next attempt: whose updates are complete already, and a uniform sample of the others in the pool.
+
+    It is drawn from (seed, round, attempt) only.
+    """
+    names = sorted(set(pool) - set(run.folded))
+    if spec.asynchronous is not None:
+        size = spec.asynchronous.concurrency - len(run.owing)
+    else:
+        size = spec.cohort.asked(run.target, len(names) + len(run.folded)) - len(run.folded)
+    draw = generator(spec.seed, run.round, run.attempt + 1, "cohort")
+    return tuple(sorted((*run.folded, *_sample(draw, names, size))))
+
+
+def _sample(draw: Any, names: list[str], size: int) -> list[str]:
+    size = max(0, min(size, len(names)))
+    return [names[place] for place in draw.choice(len(names), size=size, replace=False)] if size else []
 
 
 def _begin_attempt(spec: RunSpec, run: Run, cohort: tuple[str, ...]) -> Step:
-    """One more try at this round; the updates of this cohort's members that are complete already count."""
-    state = replace(
-        run,
-        phase=Phase.TRAINING,
-        attempt=run.attempt + 1,
-        cohort=cohort,
-        folded=tuple(name for name in run.folded if name in cohort),
-        failed=(),
-    )
-    folds = tuple(Fold(name) for name in state.folded)
+    """One more try at this round; the updates that are complete already count."""
+    state = replace(run, phase=Phase.TRAINING, attempt=run.attempt + 1, cohort=cohort, failed=(), silent=())
+    folds = tuple(Fold(name) for name in (*state.folded, *(name for name, _ in state.late)))
     settled, effects = _settle(spec, state)
-    asks = (StartDeadline(spec.cohort.deadline_s), Ask(state.pending)) if settled is state else ()
+    asks = (StartDeadline(deadline(spec, run)), Ask(state.pending)) if settled is state else ()
     return settled, (OpenSum(), *folds, *asks, *effects)
 
 
-def choose(spec: RunSpec, round_: int, attempt: int, present: Iterable[str]) -> tuple[str, ...]:
-    """The cohort: a uniform sample of the clients present, drawn from (seed, round, attempt) only."""
-    names = sorted(present)
-    size = spec.cohort.size(len(names))
-    draw = generator(spec.seed, round_, attempt, "cohort")
-    return tuple(sorted(names[place] for place in draw.choice(len(names), size=size, replace=False)))
+def deadline(spec: RunSpec, run: Run) -> float:
+    """Seconds that a round's training may take: fixed, or a multiple of the time in which 90 % of the last answers came."""
+    if spec.cohort.adaptive is None or len(run.times) < FEWEST_TIMES:
+        return spec.cohort.deadline_s
+    usual = sorted(run.times)[math.ceil(0.9 * len(run.times)) - 1]
+    return min(spec.cohort.deadline_s, max(SHORTEST_DEADLINE, spec.cohort.adaptive * usual))
 
 
 # Training -------------------------------------------------------------------------------------------------------------
 
 
 def _update(spec: RunSpec, run: Run, event: UpdateArrived) -> Step:
+    if (event.client, event.round) in run.owing:
+        late, _ = _banked(spec, run, event)
+        state, effects = _settle(spec, late)
+        return state, (Fold(event.client), *effects)
     _require_round(run, event.round, event.client)
     if event.client in run.folded:
         raise DuplicateUpdate(f"client '{event.client}' has already been counted in round {run.round}")
-    failed = tuple(one for one in run.failed if one[0] != event.client)
-    state, effects = _settle(spec, replace(run, folded=(*run.folded, event.client), failed=failed))
-    return state, (Fold(event.client), *effects)
+    answered = replace(
+        _answered(run, event),
+        folded=(*run.folded, event.client),
+        failed=tuple(one for one in run.failed if one[0] != event.client),
+    )
+    quorum = spec.cohort.needed(run.target)
+    before, now = _counted(spec, run), _counted(spec, answered)
+    grace = spec.cohort.grace_s
+    hasten = (Hasten(grace),) if grace is not None and before < quorum <= now else ()
+    state, effects = _settle(spec, answered)
+    return state, (Fold(event.client), *hasten, *effects)
+
+
+def _answered(run: Run, event: UpdateArrived) -> Run:
+    """What a complete update says of its client: it is there, and so quick."""
+    times = run.times if event.seconds is None else (*run.times, event.seconds)[-TIMES:]
+    return replace(
+        run,
+        times=times,
+        missed=tuple(one for one in run.missed if one[0] != event.client),
+        silent=tuple(name for name in run.silent if name != event.client),
+    )
+
+
+def _banked(spec: RunSpec, run: Run, event: UpdateArrived) -> Step:
+    """A late update: it goes into the sum that is open or opens next."""
+    owed = (event.client, event.round)
+    if owed not in run.owing:
+        return _late(spec, run, event)
+    left = tuple(one for one in run.owing if one != owed)
+    return replace(_answered(run, event), owing=left, late=(*run.late, owed)), ()
+
+
+def _counted(spec: RunSpec, run: Run) -> int:
+    """Updates that the target counts: late ones only where there is no round to be late for."""
+    return len(run.folded) + (len(run.late) if spec.asynchronous is not None else 0)
 
 
 def _training_failed(spec: RunSpec, run: Run, event: TaskFailed) -> Step:
+    if (event.client, event.round) in run.owing:
+        return _settle(spec, _owes_no_more(run, event.client))
     _require_round(run, event.round, event.client)
     if event.client not in run.pending:
         return run, ()
     return _settle(spec, replace(run, failed=(*run.failed, (event.client, event.why))))
 
 
+def _gathering(handle: Callable[[RunSpec, Run, Any], Step]) -> Callable[[RunSpec, Run, Any], Step]:
+    """The handler of an event that may leave enough clients idle for a waiting round to begin."""
+
+    def handled(spec: RunSpec, run: Run, event: Any) -> Step:
+        state, effects = handle(spec, run, event)
+        if state is run:
+            return run, effects
+        begun, more = _gather(spec, state)
+        return begun, (*effects, *more)
+
+    return handled
+
+
+def _owing_failed(spec: RunSpec, run: Run, event: TaskFailed) -> Step:
+    if (event.client, event.round) not in run.owing:
+        return _late(spec, run, event)
+    return _owes_no_more(run, event.client), ()
+
+
+def _owes_no_more(run: Run, client: str) -> Run:
+    return replace(run, owing=tuple(one for one in run.owing if one[0] != client))
+
+
+def _trainer_silent(spec: RunSpec, run: Run, event: Silence) -> Step:
+    state, effects = _silence(spec, run, event)
+    if state is run:
+        return run, effects
+    settled, more = _settle(spec, state)
+    return settled, (*effects, *more)
+
+
+def _silence(_: RunSpec, run: Run, event: Silence) -> Step:
+    """Who is silent is not waited for; who owes and is silent owes no more."""
+    owed = tuple(one for one in run.owing if one[0] == event.client)
+    if event.over:
+        if event.client not in run.silent:
+            return run, ()
+        return replace(run, silent=tuple(name for name in run.silent if name != event.client)), ()
+    if owed:
+        return _owes_no_more(_miss(run, (event.client,)), event.client), _dismiss(owed)
+    if event.client in run.awaited:
+        return replace(run, silent=(*run.silent, event.client)), ()
+    return run, ()
+
+
 def _settle(spec: RunSpec, run: Run) -> Step:
-    """Commit if everybody has answered; give the attempt up at once if the quorum is out of reach."""
-    if len(run.cohort) - len(run.failed) < spec.cohort.needed(len(run.cohort)):
-        return _give_up(spec, run, "; ".join(f"{name}: {why}" for name, why in run.failed))
-    if run.pending:
-        return run, ()
-    return replace(run, phase=Phase.COMMITTING), (CommitModel(),)
+    """Commit if the round has what it wants; give the attempt up at once if the quorum is out of reach."""
+    counted, awaited = _counted(spec, run), run.awaited
+    if counted >= run.target and (run.folded or run.late):
+        return _commit(spec, run, run.silent)
+    if spec.asynchronous is not None:
+        return _refill(spec, run)
+    if counted + len(awaited) < max(1, spec.cohort.needed(run.target)):
+        return _give_up(spec, run, _unanswered(spec, run), run.silent)
+    return (run, ()) if awaited else _commit(spec, run, run.silent)
+
+
+def _unanswered(spec: RunSpec, run: Run) -> str:
+    silent = (f"{name}: nothing heard for {spec.cohort.silence_s:g} s" for name in run.silent)
+    return "; ".join((*(f"{name}: {why}" for name, why in run.failed), *silent)) or "nobody is left to be asked"
+
+
+def _refill(spec: RunSpec, run: Run) -> Step:
+    """Asynchronous: as many idle clients begin as the limit of concurrent ones leaves room for."""
+    assert spec.asynchronous is not None
+    room = spec.asynchronous.concurrency - len(run.owing) - len(run.awaited)
+    names = [name for name in _askable(spec, run) if name not in run.cohort]
+    draw = generator(spec.seed, run.round, run.attempt, f"cohort from {len(run.cohort)}")
+    fresh = _sample(draw, sorted(names), room)
+    if fresh:
+        return replace(run, cohort=tuple(sorted((*run.cohort, *fresh)))), (Ask(tuple(sorted(fresh))),)
+    if not run.awaited and not run.owing:
+        return _give_up(spec, run, _unanswered(spec, run), run.silent)
+    return run, ()
+
+
+def _commit(spec: RunSpec, run: Run, missed: tuple[str, ...]) -> Step:
+    """The sum is complete. Who has not answered owes its update where late ones count, and is dismissed elsewhere."""
+    failed = tuple(name for name, _ in run.failed)
+    state = replace(_miss(run, (*missed, *failed)), phase=Phase.COMMITTING, silent=())
+    if spec.folds_late and run.round < spec.rounds:
+        owing = (*run.owing, *((name, run.round) for name in run.awaited))
+        silent = tuple((name, run.round) for name in run.silent)
+        return replace(state, owing=owing), (*_dismiss(silent), CommitModel())
+    return replace(state, owing=()), (*_dismiss(run.working), CommitModel())
 
 
 def _training_deadline(spec: RunSpec, run: Run, event: DeadlinePassed) -> Step:
     if (event.round, event.attempt, event.phase) != (run.round, run.attempt, run.phase):
         return run, ()
-    late = run.pending
-    if run.folded and len(run.folded) >= spec.cohort.needed(len(run.cohort)):
-        return replace(run, phase=Phase.COMMITTING), (Dismiss(late), CommitModel())
-    return _give_up(spec, run, f"no answer in {spec.cohort.deadline_s:g} s from {', '.join(late)}")
+    counted = _counted(spec, run)
+    if counted and counted >= spec.cohort.needed(run.target):
+        return _commit(spec, run, run.silent if spec.folds_late else run.pending)
+    late = ", ".join((*run.pending, *(name for name, _ in run.owing)))
+    return _give_up(spec, run, f"no answer before the deadline from {late or 'anybody'}", run.pending)
 
 
-def _give_up(spec: RunSpec, run: Run, why: str) -> Step:
-    """Try the round again with a cohort drawn anew, or fail after the last attempt."""
+def _give_up(spec: RunSpec, run: Run, why: str, missed: tuple[str, ...]) -> Step:
+    """Try the round again with another cohort, or pause after the last attempt."""
     given_up = run.given_up + 1
     reason = f"round {run.round}, attempt {given_up} of {spec.cohort.max_attempts}: {why}"
+    state = _miss(replace(run, given_up=given_up, reason=reason), (*missed, *(name for name, _ in run.failed)))
     if given_up >= spec.cohort.max_attempts:
-        return replace(run, phase=Phase.FAILED, reason=reason), (Dismiss(run.pending), EndRun())
-    state, effects = _gather(spec, replace(run, given_up=given_up, reason=reason))
-    gone = tuple(name for name in run.pending if name not in state.cohort)
-    return state, (Dismiss(gone), *effects)
+        return _suspend(state)
+    fresh, effects = _gather(spec, state)
+    gone = ((name, run.round) for name in run.pending if name not in fresh.cohort)
+    return fresh, (*_dismiss(gone), *effects)
+
+
+def _miss(run: Run, names: Iterable[str]) -> Run:
+    """Note that these have missed the round: the more in a row, the longer they rest."""
+    missed = {one[0]: one for one in run.missed}
+    for name in names:
+        count = missed[name][1] + 1 if name in missed else 1
+        missed[name] = (name, count, run.round + min(LONGEST_REST, 1 << min(count - 1, 10)))
+    return replace(run, missed=tuple(missed.values()))
+
+
+def _dismiss(clients: Iterable[tuple[str, int]]) -> tuple[Dismiss, ...]:
+    found = tuple(clients)
+    return (Dismiss(found),) if found else ()
 
 
 # Committing and evaluating --------------------------------------------------------------------------------------------
@@ -337,12 +601,17 @@ def _give_up(spec: RunSpec, run: Run, why: str) -> Step:
 def _committed(spec: RunSpec, run: Run, event: ModelCommitted) -> Step:
     if event.round != run.round:
         raise WrongRound(f"round {event.round} was committed while round {run.round} is under way")
+    fresh = tuple(one for one in run.owing if run.sum_round - one[1] <= spec.cohort.max_staleness)
+    dismissed = _dismiss(one for one in run.owing if one not in fresh)
+    run = replace(run, late=(), owing=fresh)
     every = spec.evaluation.every
     due = every > 0 and (run.round % every == 0 or run.round == spec.rounds)
-    if not due or not run.present:
-        return _close(spec, run)
-    state = replace(run, phase=Phase.EVALUATING, cohort=tuple(sorted(run.present)), failed=())
-    return state, (StartDeadline(spec.cohort.deadline_s), Ask(state.cohort))
+    idle = run.present - {name for name, _ in run.owing}
+    if not due or not idle:
+        state, effects = _close(spec, run)
+        return state, (*dismissed, *effects)
+    state = replace(run, phase=Phase.EVALUATING, cohort=tuple(sorted(idle)), failed=(), silent=())
+    return state, (*dismissed, StartDeadline(spec.cohort.deadline_s), Ask(state.cohort))
 
 
 def _evaluation(spec: RunSpec, run: Run, event: EvaluationArrived) -> Step:
@@ -363,10 +632,20 @@ def _evaluation(spec: RunSpec, run: Run, event: EvaluationArrived) -> Step:
 
 
 def _evaluation_failed(spec: RunSpec, run: Run, event: TaskFailed) -> Step:
+    if (event.client, event.round) in run.owing:
+        return _owes_no_more(run, event.client), ()
     _require_round(run, event.round, event.client)
     if event.client not in run.pending:
         return run, ()
     return _evaluation_settled(spec, replace(run, failed=(*run.failed, (event.client, event.why))))
+
+
+def _evaluator_silent(spec: RunSpec, run: Run, event: Silence) -> Step:
+    state, effects = _silence(spec, run, event)
+    if state is run:
+        return run, effects
+    settled, more = _evaluation_settled(spec, state)
+    return settled, (*effects, *more)
 
 
 def _evaluators_changed(spec: RunSpec, run: Run, event: ClientsChanged) -> Step:
@@ -381,20 +660,20 @@ def _evaluators_changed(spec: RunSpec, run: Run, event: ClientsChanged) -> Step:
 def _evaluation_deadline(spec: RunSpec, run: Run, event: DeadlinePassed) -> Step:
     if (event.round, event.attempt, event.phase) != (run.round, run.attempt, run.phase):
         return run, ()
-    state, effects = _close(spec, run)
-    return state, (Dismiss(run.pending), *effects)
+    return _close(spec, run)
 
 
 def _evaluation_settled(spec: RunSpec, run: Run) -> Step:
-    return (run, ()) if run.pending else _close(spec, run)
+    return (run, ()) if run.awaited else _close(spec, run)
 
 
-def _close(spec: RunSpec, run: Run) -> Step:
-    """The round is over: count towards convergence, then end the run or begin the next round."""
+def _close(spec: RunSpec, run: Run, paused: str = "") -> Step:
+    """The round is over: count towards convergence, then end the run, pause it for this reason, or begin the next round."""
     total, scores = dict(run.evaluation), dict(run.scores)
     metrics = summary(total)
     counted = max(map(len, scores.values()), default=0)
     record = CloseRound(run.round, metrics, spread(scores), total.get("examples", 0), counted)
+    dismissed = _dismiss((name, run.round) for name in run.pending)
     run = replace(run, evaluation=(), scores=(), newest=tuple(metrics.items()) or run.newest)
     metric = metrics.get(spec.convergence.metric) if spec.convergence else None
     if spec.convergence and metric is not None:
@@ -406,32 +685,44 @@ def _close(spec: RunSpec, run: Run) -> Step:
                 f"converged: {spec.convergence.metric} has not improved on {run.best:.6g} "
                 f"for {spec.convergence.patience} evaluations"
             )
-            return replace(run, phase=Phase.FINISHED, reason=reason), (record, EndRun())
+            state, effects = _end(run, Phase.FINISHED, reason)
+            return state, (record, *effects)
     if run.round >= spec.rounds:
-        done = f"all {spec.rounds} rounds are done"
-        return replace(run, phase=Phase.FINISHED, reason=done), (record, EndRun())
+        state, effects = _end(run, Phase.FINISHED, f"all {spec.rounds} rounds are done")
+        return state, (record, *effects)
+    if paused:
+        ready = replace(
+            run, round=run.round + 1, attempt=0, given_up=0, cohort=(), folded=(), evaluated=(), reason=paused
+        )
+        state, effects = _suspend(ready)
+        return state, (record, *dismissed, *effects)
     state, effects = _next_round(spec, run)
-    return state, (record, *effects)
+    return state, (record, *dismissed, *effects)
 
 
 # Anywhere -------------------------------------------------------------------------------------------------------------
 
 
 def _presence(run: Run, event: ClientsChanged) -> Run:
-    return replace(run, present=(run.present - set(event.left)) | set(event.arrived))
+    """Who comes may be asked at once, whatever it has missed; if it brings no work along, it owes none any more."""
+    arrived = set(event.arrived)
+    return replace(
+        run,
+        present=(run.present - set(event.left)) | arrived,
+        missed=tuple((name, count, 0 if name in arrived else until) for name, count, until in run.missed),
+        owing=tuple(one for one in run.owing if one[0] not in arrived or one in event.working),
+    )
 
 
 def _present(_: RunSpec, run: Run, event: ClientsChanged) -> Step:
     return _presence(run, event), ()
 
 
-def _gathered(spec: RunSpec, run: Run, event: ClientsChanged) -> Step:
-    return _gather(spec, _presence(run, event))
-
-
-def _trainers_changed(_: RunSpec, run: Run, event: ClientsChanged) -> Step:
-    back = tuple(name for name in event.arrived if name in run.pending)
-    return _presence(run, event), (Ask(back),) if back else ()
+def _trainers_changed(spec: RunSpec, run: Run, event: ClientsChanged) -> Step:
+    here = _presence(run, event)
+    back = tuple(name for name in event.arrived if name in here.pending)
+    state, effects = _settle(spec, here) if spec.asynchronous is not None else (here, ())
+    return state, (*((Ask(back),) if back else ()), *effects)
 
 
 def _unmoved(_: RunSpec, run: Run, __: Event) -> Step:
@@ -444,14 +735,36 @@ def _late(_: RunSpec, run: Run, event: UpdateArrived | EvaluationArrived | TaskF
     )
 
 
+def _pause(spec: RunSpec, run: Run, _: PauseRequested) -> Step:
+    reason = "paused by the operator; `seqfed resume` lets it go on"
+    if run.phase is Phase.EVALUATING:
+        return _close(spec, run, reason)
+    return _suspend(replace(run, reason=reason))
+
+
+def _suspend(run: Run) -> Step:
+    """Nobody works for the run any more; what has come stays."""
+    rest = replace(run, phase=Phase.PAUSED, owing=(), failed=(), silent=())
+    return rest, (*_dismiss(run.working), Suspend())
+
+
+def _resume(_: RunSpec, run: Run, __: ResumeRequested) -> Step:
+    return replace(run, phase=Phase.QUEUED, given_up=0, reason=""), ()
+
+
 def _stop(_: RunSpec, run: Run, __: StopRequested) -> Step:
-    reason = "stopped by the operator"
-    return replace(run, phase=Phase.STOPPED, reason=reason), (Dismiss(run.pending), EndRun())
+    return _end(run, Phase.STOPPED, "stopped by the operator")
 
 
 def _broken(_: RunSpec, run: Run, event: Broken) -> Step:
     reason = f"round {run.round}, {run.phase.value}: {event.why}"
-    return replace(run, phase=Phase.FAILED, reason=reason), (Dismiss(run.pending), EndRun())
+    if event.passing:
+        return _suspend(replace(run, reason=f"{reason}; `seqfed resume` tries again"))
+    return _end(run, Phase.FAILED, reason)
+
+
+def _end(run: Run, phase: Phase, reason: str) -> Step:
+    return replace(run, phase=phase, reason=reason, owing=(), silent=()), (*_dismiss(run.working), EndRun())
 
 
 def _restarted(spec: RunSpec, run: Run, event: Restarted) -> Step:
@@ -463,8 +776,8 @@ def _restarted(spec: RunSpec, run: Run, event: Restarted) -> Step:
     match run.phase:
         case Phase.EVALUATING:
             return alone, (StartDeadline(spec.cohort.deadline_s), Ask(run.pending))
-        case Phase.COMMITTING if alone.folded == run.folded:
-            folds = tuple(Fold(name) for name in run.folded)
+        case Phase.COMMITTING if (alone.folded, alone.late) == (run.folded, run.late):
+            folds = tuple(Fold(name) for name in (*run.folded, *(name for name, _ in run.late)))
             return replace(alone, attempt=run.attempt + 1), (OpenSum(), *folds, CommitModel())
         case _:
             return _begin_attempt(spec, alone, run.cohort)
@@ -472,7 +785,8 @@ def _restarted(spec: RunSpec, run: Run, event: Restarted) -> Step:
 
 def _restarted_waiting(_: RunSpec, run: Run, event: Restarted) -> Step:
     kept = tuple(name for name in run.folded if name not in event.lost)
-    return replace(run, present=frozenset(), folded=kept), ()
+    late = tuple(one for one in run.late if one[0] not in event.lost)
+    return replace(run, present=frozenset(), folded=kept, late=late), ()
 
 
 def _require_round(run: Run, round_: int, client: str) -> None:
@@ -486,16 +800,24 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[type, Callable[[RunSpec, Run, Any], St
     Phase.QUEUED: {
         Turn: _turn,
         ClientsChanged: _present,
-        StopRequested: _stop,
-        Broken: _broken,
-        Restarted: _unmoved,
-    },
-    Phase.GATHERING: {
-        ClientsChanged: _gathered,
         UpdateArrived: _late,
         EvaluationArrived: _late,
         TaskFailed: _late,
+        Silence: _unmoved,
         DeadlinePassed: _unmoved,
+        PauseRequested: _pause,
+        StopRequested: _stop,
+        Broken: _broken,
+        Restarted: _restarted_waiting,
+    },
+    Phase.GATHERING: {
+        ClientsChanged: _gathering(_present),
+        UpdateArrived: _gathering(_banked),
+        EvaluationArrived: _late,
+        TaskFailed: _gathering(_owing_failed),
+        Silence: _gathering(_silence),
+        DeadlinePassed: _unmoved,
+        PauseRequested: _pause,
         StopRequested: _stop,
         Broken: _broken,
         Restarted: _restarted_waiting,
@@ -505,7 +827,9 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[type, Callable[[RunSpec, Run, Any], St
         UpdateArrived: _update,
         EvaluationArrived: _late,
         TaskFailed: _training_failed,
+        Silence: _trainer_silent,
         DeadlinePassed: _training_deadline,
+        PauseRequested: _pause,
         StopRequested: _stop,
         Broken: _broken,
         Restarted: _restarted,
@@ -515,20 +839,36 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[type, Callable[[RunSpec, Run, Any], St
         UpdateArrived: _late,
         EvaluationArrived: _late,
         TaskFailed: _late,
+        Silence: _unmoved,
         DeadlinePassed: _unmoved,
         ModelCommitted: _committed,
+        PauseRequested: _pause,
         StopRequested: _stop,
         Broken: _broken,
         Restarted: _restarted,
     },
     Phase.EVALUATING: {
         ClientsChanged: _evaluators_changed,
-        UpdateArrived: _late,
+        UpdateArrived: _banked,
         EvaluationArrived: _evaluation,
         TaskFailed: _evaluation_failed,
+        Silence: _evaluator_silent,
         DeadlinePassed: _evaluation_deadline,
+        PauseRequested: _pause,
         StopRequested: _stop,
         Broken: _broken,
         Restarted: _restarted,
+    },
+    Phase.PAUSED: {
+        ClientsChanged: _present,
+        UpdateArrived: _late,
+        EvaluationArrived: _late,
+        TaskFailed: _late,
+        Silence: _unmoved,
+        DeadlinePassed: _unmoved,
+        ResumeRequested: _resume,
+        StopRequested: _stop,
+        Broken: _broken,
+        Restarted: _restarted_waiting,
     },
 }

@@ -23,10 +23,12 @@ from seqfed.common.errors import (
     VersionMismatch,
     storage_error,
 )
+from seqfed.common.layout import BYTES_PER_PARAMETER
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
 from seqfed.common.transfer import CHUNK_BYTES
 from seqfed.server.coordinator import Coordinator
+from seqfed.server.desk import Desk
 from seqfed.server.hub import Connection
 from seqfed.server.intake import receive_file
 from seqfed.server.settings import ServerSettings
@@ -36,6 +38,7 @@ from seqfed.v1 import admin_pb2, admin_pb2_grpc, federation_pb2, federation_pb2_
 Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_FAILURE = 2_000  # characters of a client's words about a failure
+MIN_CHUNK_BYTES = 4 << 10  # smaller ones would cost more than they save
 
 
 @contextlib.asynccontextmanager
@@ -73,8 +76,9 @@ class Federation(federation_pb2_grpc.FederationServicer):
             if not wire.HEX.fullmatch(request.instance):
                 raise InvalidName("a client's instance is 32 hex digits")
             schema = validate_json(DataSchema, request.data_schema, "the client's data schema")
-            connection = await self._coordinator.join(name, request.instance, request.software[:64], schema)
-            return federation_pb2.JoinReply(session=connection.session)
+            working = wire.key_from_wire(request.working) if request.HasField("working") else None
+            connection = await self._coordinator.join(name, request.instance, request.software[:64], schema, working)
+            return federation_pb2.JoinReply(session=connection.session, spread_s=self._coordinator.spread_s)
 
     async def Listen(
         self, request: federation_pb2.ListenRequest, context: Context
@@ -89,12 +93,18 @@ class Federation(federation_pb2_grpc.FederationServicer):
         self, request: federation_pb2.FetchModelRequest, context: Context
     ) -> AsyncIterator[federation_pb2.Chunk]:
         async with refusing(context):
-            self._connection(context)
-            live, model = self._coordinator.model_file(request.run, request.version)
+            client = self._connection(context).client
+            model, meter = self._coordinator.model_file(client, request.run, request.version)
+            size = request.chunk_bytes or CHUNK_BYTES
+            if not MIN_CHUNK_BYTES <= size <= CHUNK_BYTES or size % BYTES_PER_PARAMETER:
+                raise BrokenTransfer(
+                    f"chunks of {size:,} bytes were asked for; {MIN_CHUNK_BYTES:,} to {CHUNK_BYTES:,}, a multiple of "
+                    f"{BYTES_PER_PARAMETER}, can be had"
+                )
             offset = request.offset
-            for data in model.pieces(offset, CHUNK_BYTES):
+            for data in model.pieces(offset, size):
                 chunk = federation_pb2.Chunk(offset=offset, data=data)
-                live.bytes_down += len(data)
+                meter(len(data))
                 yield chunk
                 offset += len(data)
 
@@ -124,6 +134,14 @@ class Federation(federation_pb2_grpc.FederationServicer):
             duplicate = await self._coordinator.submit_evaluation(client, key, request.version, dict(request.tally))
             return federation_pb2.SubmitEvaluationReply(duplicate=duplicate)
 
+    async def ReportProgress(
+        self, request: federation_pb2.ReportProgressRequest, context: Context
+    ) -> federation_pb2.ReportProgressReply:
+        async with refusing(context):
+            client, key = self._connection(context).client, wire.key_from_wire(request.key)
+            self._coordinator.progress(client, key, wire.progress_from_wire(request))
+            return federation_pb2.ReportProgressReply()
+
     async def ReportFailure(
         self, request: federation_pb2.ReportFailureRequest, context: Context
     ) -> federation_pb2.ReportFailureReply:
@@ -138,7 +156,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
     """What operators call."""
 
     def __init__(self, coordinator: Coordinator, settings: ServerSettings) -> None:
-        self._coordinator = coordinator
+        self._desk = Desk(coordinator)
         self._settings = settings
 
     async def Submit(
@@ -148,7 +166,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
             header, chunks = await _header_and_chunks(request_iterator)
             spec = validate_json(RunSpec, header.spec, "the run's specification")
             if not header.checkpoint_bytes:
-                return admin_pb2.SubmitReply(run=wire.run_to_wire(await self._coordinator.submit(spec, None)))
+                return admin_pb2.SubmitReply(run=wire.run_to_wire(await self._desk.submit(spec, None)))
             if header.checkpoint_bytes > self._settings.max_model_bytes:
                 raise TooLarge(
                     f"a checkpoint of {header.checkpoint_bytes:,} bytes came; the server's limit (max_model_bytes) is "
@@ -161,7 +179,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
                 raise storage_error(error, "receiving a checkpoint") from error
             try:
                 await receive_file(Path(name), header.checkpoint_bytes, header.checkpoint_digest, chunks)
-                view = await self._coordinator.submit(spec, Path(name))
+                view = await self._desk.submit(spec, Path(name))
             except CheckpointError as error:  # it knows the file by our name for it
                 raise CheckpointError(str(error).removeprefix(f"{name}: ").replace(name, "the checkpoint")) from error
             finally:
@@ -172,25 +190,33 @@ class Admin(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ListRunsRequest, context: Context
     ) -> AsyncIterator[admin_pb2.RunStatus]:
         async with refusing(context):
-            for view in self._coordinator.runs():
+            for view in self._desk.runs():
                 yield wire.run_to_wire(view)
 
     async def WatchRun(
         self, request: admin_pb2.WatchRunRequest, context: Context
     ) -> AsyncIterator[admin_pb2.RunStatus]:
         async with refusing(context):
-            async for view in self._coordinator.watch(request.run, request.after_round):
+            async for view in self._desk.watch(request.run, request.after_round):
                 yield wire.run_to_wire(view)
 
     async def StopRun(self, request: admin_pb2.StopRunRequest, context: Context) -> admin_pb2.RunStatus:
         async with refusing(context):
-            return wire.run_to_wire(await self._coordinator.stop(request.run))
+            return wire.run_to_wire(await self._desk.stop(request.run))
+
+    async def PauseRun(self, request: admin_pb2.PauseRunRequest, context: Context) -> admin_pb2.RunStatus:
+        async with refusing(context):
+            return wire.run_to_wire(await self._desk.pause(request.run))
+
+    async def ResumeRun(self, request: admin_pb2.ResumeRunRequest, context: Context) -> admin_pb2.RunStatus:
+        async with refusing(context):
+            return wire.run_to_wire(await self._desk.resume(request.run))
 
     async def ListClients(
         self, request: admin_pb2.ListClientsRequest, context: Context
     ) -> AsyncIterator[admin_pb2.ClientStatus]:
         async with refusing(context):
-            for view in await self._coordinator.clients():
+            for view in await self._desk.clients():
                 yield wire.client_to_wire(view)
 
     async def ExportModel(
@@ -198,7 +224,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
     ) -> AsyncIterator[federation_pb2.Chunk]:
         async with refusing(context):
             offset = min(request.offset, 1 << 62)  # beyond any file's end there is nothing, and no error
-            with self._coordinator.find(request.run).model.path.open("rb", buffering=0) as file:
+            with self._desk.find(request.run).model.path.open("rb", buffering=0) as file:
                 file.seek(offset)
                 while data := file.read(CHUNK_BYTES):
                     yield federation_pb2.Chunk(offset=offset, data=data)

@@ -1,38 +1,44 @@
-"""The daemon's durable state: a database of runs and rounds, and the folders of models and of complete updates beside it.
+"""The server's durable state: a database of runs and rounds, and the folder of models and of complete updates beside it.
 
 Order of every commit: the file is written beside its place and renamed; then one transaction makes it count. A file without
-its row is a leftover that the next writer replaces. Models are fsynced before their row, so a row without its model cannot
-be. Updates are not: they outlive a killed daemon, and after a power cut those that are not whole are asked for again, which
-costs less than syncing every one of them, mostly to delete it a second later.
+its row is a leftover that the next writer replaces or `clear_up` removes. Models are fsynced before their row, so a row
+without its model cannot be. Updates are not: they outlive a killed daemon, and after a power cut those that are not whole
+are asked for again, which costs less than syncing every one of them, mostly to delete it a second later.
+
+Every transaction that writes holds the lease fast (`seqfed.server.lease`), so what another server has taken over stays as
+that one wants it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 from blake3 import blake3
-from sqlalchemy import event
-from sqlalchemy import exc as sqlalchemy_exc
 
 from seqfed.common.checkpoint import PIECE_BYTES, ModelFile
-from seqfed.common.errors import SeqfedError, StorageError, StorageFull, storage_error
+from seqfed.common.errors import LeaseLost, StorageError, StorageFull
 from seqfed.common.layout import Layout
 from seqfed.common.model import layout_of
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
 from seqfed.common.views import RoundRecord
-from seqfed.server.round import Phase, Run
+from seqfed.server.copies import Copies
+from seqfed.server.database import Database, open_database
+from seqfed.server.folder import Folder
+from seqfed.server.lease import LEASE, Holder, Lease
+from seqfed.server.round import ENDED, Phase, Run
+
+log = logging.getLogger("seqfed.server")
+
+LEASE_S: Final = 10.0
 
 _METADATA = sa.MetaData()
 
@@ -43,22 +49,25 @@ def _table(name: str, key: tuple[str, ...], *columns: str) -> sa.Table:
 
 
 RUNS = _table("runs", ("run",), "number", "spec", "state", "started", "ended", "bytes_up", "bytes_down")
-MODELS = _table("models", ("run", "version"), "data_start", "digest")
+MODELS = _table("models", ("run", "version"), "data_start", "digest", "file")
 ROUNDS = _table("rounds", ("run", "round"), "record")
-UPDATES = _table("updates", ("run", "client"), "round", "weight", "digest", "tally", "training_seconds")
+UPDATES = _table("updates", ("run", "client"), "base", "round", "weight", "digest", "tally", "training_seconds")
 CLIENTS = _table("clients", ("client",), "instance", "software", "data_schema", "seen")
 
 # Built once: in a round of small updates, building statements would cost more than running them.
 SET_STATE = RUNS.update().where(RUNS.c.run == sa.bindparam("of")).values(state=sa.bindparam("state"))
 DROP_UPDATE = UPDATES.delete().where(UPDATES.c.run == sa.bindparam("of"), UPDATES.c.client == sa.bindparam("by"))
+DROP_CLIENT = CLIENTS.delete().where(CLIENTS.c.client == sa.bindparam("of"))
+DROP_COUNTED = UPDATES.delete().where(UPDATES.c.run == sa.bindparam("of"), UPDATES.c.round <= sa.bindparam("upto"))
 
 
 @dataclass(frozen=True)
 class UpdateRow:
-    """A complete update of the round under way: its bytes lie in `Store.update_path`."""
+    """A complete update that no model has yet: its bytes lie in `Store.update_path`."""
 
     client: str
-    round: int
+    base: int  # the round whose task it answers
+    round: int  # the round into whose sum it counts; later than `base` if it came late
     weight: int
     digest: bytes
     tally: dict[str, int]
@@ -94,36 +103,41 @@ class KnownClient:
 
 
 class Store:
-    """All reads and writes of the daemon's state; blocking, so called from worker threads; one writer at a time."""
+    """All reads and writes of the server's state; blocking, so called from worker threads; one writer at a time.
 
-    def __init__(self, folder: Path, engine: sa.Engine, lock: int) -> None:
+    Whatever writes raises LeaseLost once another server has taken over, and tells `when_lost` so.
+    """
+
+    def __init__(self, folder: Folder, database: Database, lease: Lease, copies: Copies | None) -> None:
         self._folder = folder
-        self._engine = engine
-        self._lock = lock
+        self._database = database
+        self.lease = lease
+        self._copies = copies
+        self.when_lost: Callable[[LeaseLost], None] = lambda _: None
 
     # files
 
     def model_path(self, run: str, version: int) -> Path:
-        return self._folder / "models" / run / f"{version:06}.safetensors"
+        """Where a model of this version is to be written: a server that lost its lease writes to another place."""
+        return self._folder.model(run, f"{version:06}.t{self.lease.term}.safetensors")
 
-    def update_path(self, run: str, round_: int, client: str, digest: bytes) -> Path:
+    def update_path(self, run: str, base: int, client: str, digest: bytes) -> Path:
         """Where this very update lies: another one of the same client never takes its place."""
-        return self._updates(run) / str(round_) / f"{client}.{digest.hex()[:32]}.f32"
-
-    def _updates(self, run: str) -> Path:
-        return self._folder / "updates" / run
+        return self._folder.update(run, base, client, digest)
 
     # runs
 
     def create(self, run: str, spec: RunSpec, model: ModelFile) -> None:
         """A queued run with its initial model, which lies at model_path(run, 0)."""
-        with self._transaction() as connection:
+        if self._copies is not None:
+            self._copies.put(run, model.path)
+        with self._writing() as connection:
             connection.execute(
                 RUNS.insert().values(
                     run=run, spec=spec.canonical.decode(), state=dump_state(Run()), bytes_up=0, bytes_down=0
                 )
             )
-            connection.execute(_model_row(run, 0, model))
+            _add_model(connection, run, 0, model)
 
     def commit(
         self,
@@ -138,10 +152,12 @@ class Store:
         """In one transaction: the state, and with it what the event brought.
 
         `updates`: complete and in their files. `model`: the one that the record's round made, in its file; the
-        round's updates are then done with. `record`: the round's, new or completed. `columns`: started, ended, bytes_up,
-        bytes_down of the run.
+        updates that counted up to that round are then done with. `record`: the round's, new or completed. `columns`:
+        started, ended, bytes_up, bytes_down of the run.
         """
-        with self._transaction() as connection:
+        if model is not None and self._copies is not None:
+            self._copies.put(run, model.path)
+        with self._writing() as connection:
             connection.execute(SET_STATE, {"of": run, "state": dump_state(state)})
             if columns:
                 connection.execute(RUNS.update().where(RUNS.c.run == run).values(columns))
@@ -151,14 +167,14 @@ class Store:
                 connection.execute(UPDATES.insert(), rows)
             if model is not None:
                 assert record is not None  # `state` may be in the next round already
-                connection.execute(_model_row(run, record.round, model))
-                connection.execute(UPDATES.delete().where(UPDATES.c.run == run))
+                _add_model(connection, run, record.round, model)
+                connection.execute(DROP_COUNTED, {"of": run, "upto": record.round})
             if record is not None:
                 _replace(connection, ROUNDS, {"run": run, "round": record.round, "record": json.dumps(vars(record))})
 
     def runs(self) -> list[StoredRun]:
         """Every run, oldest first."""
-        with self._transaction() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(sa.select(RUNS).order_by(RUNS.c.number)).all()
             return [self._stored(connection, row) for row in rows]
 
@@ -183,21 +199,29 @@ class Store:
             model=model,
             version=newest.version,
             updates=tuple(
-                UpdateRow(one.client, one.round, one.weight, one.digest, json.loads(one.tally), one.training_seconds)
+                UpdateRow(
+                    one.client,
+                    one.base,
+                    one.round,
+                    one.weight,
+                    bytes(one.digest),
+                    json.loads(one.tally),
+                    one.training_seconds,
+                )
                 for one in updates
             ),
             record=_record(record) if record is not None else None,
         )
 
     def _model_file(self, run: str, row: sa.Row[Any], layout: Layout) -> ModelFile:
-        return ModelFile(self.model_path(run, row.version), layout, row.data_start, row.digest)
+        return ModelFile(self._folder.model(run, row.file), layout, row.data_start, bytes(row.digest))
 
     def lost(self, stored: StoredRun) -> tuple[str, ...]:
         """The clients whose complete updates are not, or not whole, in their files."""
         return tuple(
             one.client
             for one in stored.updates
-            if _file_digest(self.update_path(stored.run, one.round, one.client, one.digest)) != one.digest
+            if _file_digest(self.update_path(stored.run, one.base, one.client, one.digest)) != one.digest
         )
 
     def history(self, run: str, after: int, last: int, limit: int) -> list[RoundRecord]:
@@ -208,29 +232,31 @@ class Store:
             .order_by(ROUNDS.c.round)
             .limit(limit)
         )
-        with self._transaction() as connection:
+        with self._database.reading() as connection:
             return [_record(text) for (text,) in connection.execute(query)]
 
     # clients
 
-    def remember(self, client: KnownClient) -> None:
-        """Write or renew what is known of a client."""
-        with self._transaction() as connection:
-            _replace(
-                connection,
-                CLIENTS,
-                {
-                    "client": client.client,
-                    "instance": client.instance,
-                    "software": client.software,
-                    "data_schema": client.schema.model_dump_json(),
-                    "seen": client.seen,
-                },
-            )
+    def remember(self, *clients: KnownClient) -> None:
+        """Write or renew what is known of these clients; of two with the same name the last one counts."""
+        rows = {
+            one.client: {
+                "client": one.client,
+                "instance": one.instance,
+                "software": one.software,
+                "data_schema": one.schema.model_dump_json(),
+                "seen": one.seen,
+            }
+            for one in clients
+        }
+        if rows:
+            with self._writing() as connection:
+                connection.execute(DROP_CLIENT, [{"of": name} for name in rows])
+                connection.execute(CLIENTS.insert(), list(rows.values()))
 
     def clients(self) -> list[KnownClient]:
         """Every client that was ever here, by name."""
-        with self._transaction() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(sa.select(CLIENTS).order_by(CLIENTS.c.client)).all()
         return [
             KnownClient(
@@ -239,89 +265,151 @@ class Store:
             for row in rows
         ]
 
+    # models from elsewhere
+
+    def fetch(self) -> None:
+        """Fetch what is not whole here of each run's newest model from the copies.
+
+        Raises StorageError for a run that is not over and whose model is nowhere; of one that is over the log tells.
+        """
+        for stored in self.runs():
+            over = stored.state.phase in ENDED
+            if self._whole(stored.model, thorough=self._copies is not None and not over):
+                continue
+            try:
+                self._fetch(stored)
+            except (StorageError, StorageFull) as error:
+                if not over:
+                    raise
+                log.warning("%s", error)
+
+    def _fetch(self, stored: StoredRun) -> None:
+        run, path = stored.run, stored.model.path
+        if self._copies is None:
+            raise StorageError(
+                f"run {run}: its model {path} is missing or damaged; put it back, start with the --state of the server "
+                "that wrote it, or give all servers of this database the same --models"
+            )
+        self._copies.get(run, path)
+        if not self._whole(stored.model, thorough=True):
+            raise StorageError(f"run {run}: its model {path.name} is damaged here, and so is its copy")
+        log.info("run %s: model %s was not whole here; fetched from its copy", run, path.name)
+
+    @staticmethod
+    def _whole(model: ModelFile, thorough: bool) -> bool:
+        try:
+            if model.path.stat().st_size != model.data_start + model.layout.nbytes:
+                return False
+            return not thorough or _digest(model.pieces()) == model.digest
+        except OSError:
+            return False
+
     # leftovers
 
-    def tidy(self, run: str, version: int, round_: int) -> None:
-        """Remove what no restart needs: models before the last two, and updates of rounds up to `round_`."""
-        with contextlib.suppress(OSError):
-            for old in sorted(self.model_path(run, 0).parent.glob("*.safetensors")):
-                if int(old.stem) < version - 1:
-                    old.unlink()
-            for folder in self._updates(run).glob("*"):
-                if int(folder.name) <= round_:
-                    shutil.rmtree(folder, ignore_errors=True)
+    def tidy(self, run: str, version: int, consumed: Sequence[Path]) -> None:
+        """Remove what no restart needs: models before the last two, and the files of updates that a model has."""
+        self._folder.tidy(run, version - 1, consumed)
+        if self._copies is not None:
+            self._copies.tidy(run, version - 1)
 
     def clear_up(self) -> None:
-        """Remove what a killed daemon was in the middle of: half-written files, and folders of runs that were never made."""
-        with self._transaction() as connection:
-            known = set(connection.execute(sa.select(RUNS.c.run)).scalars())
-        with contextlib.suppress(OSError):
-            for left in (*self._folder.glob("tmp*.safetensors"), *self._folder.glob("models/*/.*")):
-                left.unlink()
-            for folder in (*self._folder.glob("models/*"), *self._folder.glob("updates/*")):
-                if folder.name not in known:
-                    shutil.rmtree(folder, ignore_errors=True)
+        """Remove what a killed server was in the middle of: files that are not whole, and those that no row names."""
+        with self._writing() as connection:  # as a writer, so that no other server is at work on them
+            runs = set(connection.execute(sa.select(RUNS.c.run)).scalars())
+            models = {self._folder.model(*row) for row in connection.execute(sa.select(MODELS.c.run, MODELS.c.file))}
+            updates = {
+                self.update_path(row.run, row.base, row.client, row.digest)
+                for row in connection.execute(sa.select(UPDATES))
+            }
+        self._folder.clear_up(runs, models, updates)
 
-    def close(self) -> None:
-        self._engine.dispose()
-        os.close(self._lock)
+    # the lease
+
+    def take(self, standby: bool = False) -> Iterator[Holder]:
+        """See `Lease.waiting`; when it ends, the store may be written, and `prepare` is next."""
+        yield from self.lease.waiting(standby)
+
+    def prepare(self) -> None:
+        """Clear up what a killed server left, and fetch the models that this folder lacks; that may outlast a lease."""
+        with self._database.reading() as connection:
+            name = connection.execute(sa.select(LEASE.c.store)).scalar_one()
+        self._folder.claim(name, unmarked=self._database.is_sqlite)
+        self.clear_up()
+        self.fetch()
+
+    def renew(self) -> None:
+        """See `Lease.renew`."""
+        with self._telling():
+            self.lease.renew()
+
+    def close(self, *, release: bool = True) -> None:
+        """Let go of everything; without `release` as a killed server does."""
+        if release and self.lease.term:
+            with contextlib.suppress(StorageError, StorageFull):  # it then ends by itself
+                self.lease.release()
+        self.lease.forget()
+        self._database.close()
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
+    def _writing(self) -> Iterator[sa.Connection]:
+        with self._telling(), self._database.writing() as connection:
+            self.lease.check(connection)
+            yield connection
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
         try:
-            with self._engine.begin() as connection:
-                yield connection
-        except sqlalchemy_exc.DBAPIError as error:
-            raise _database_error(error) from error
+            yield
+        except LeaseLost as error:
+            self.when_lost(error)
+            raise
 
 
-def open_store(folder: Path) -> Store:
-    """The store in this folder, made or migrated if need be.
+def connect(folder: Path, *, database: str | None = None, models: str | None = None, lease_s: float = LEASE_S) -> Store:
+    """The store in this folder and this database, made or migrated if need be, to be read only until `Store.take`.
 
-    Raises StorageError if the folder cannot be used or another daemon uses it.
+    Raises StorageError if it cannot be used, ConfigError if the URL cannot be right.
     """
+    Folder(folder).make()
+    copies = Copies(models) if models is not None else None
+    opened = open_database(folder, database)
+    return Store(Folder(folder), opened, Lease(opened, lease_s), copies)
+
+
+def open_store(
+    folder: Path,
+    *,
+    database: str | None = None,
+    models: str | None = None,
+    address: str = "",
+    lease_s: float = LEASE_S,
+    standby: bool = False,
+) -> Store:
+    """The store, taken and prepared, after waiting for it if need be; raises StorageError if another server has it."""
+    store = connect(folder, database=database, models=models, lease_s=lease_s)
+    store.lease.address = address
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise storage_error(error, f"opening the state folder {folder}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise StorageError(
-            f"another seqfed server uses the state folder {folder}; stop it, or pass another --state"
-        ) from error
-    engine = sa.create_engine(f"sqlite:///{folder / 'seqfed.db'}")
-    event.listen(engine, "connect", _prepare_sqlite)
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    try:
-        with engine.begin() as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
-    except sqlalchemy_exc.DBAPIError as error:
-        os.close(lock)
-        raise _database_error(error) from error
-    store = Store(folder, engine, lock)
-    store.clear_up()
+        for holder in store.take(standby):
+            time.sleep(holder.pause)
+        store.prepare()
+    except BaseException:
+        store.close()
+        raise
     return store
 
 
-def _prepare_sqlite(connection: Any, _: object) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")  # a commit survives a power cut; 0.3 ms more than without
-    connection.execute("PRAGMA busy_timeout=10000")
-
-
 def _file_digest(path: Path) -> bytes | None:
-    hasher = blake3()
     try:
         with path.open("rb", buffering=0) as file:
-            while piece := file.read(PIECE_BYTES):
-                hasher.update(piece)
+            return _digest(iter(lambda: file.read(PIECE_BYTES), b""))
     except OSError:
         return None
+
+
+def _digest(pieces: Iterable[bytes]) -> bytes:
+    hasher = blake3()
+    for piece in pieces:
+        hasher.update(piece)
     return hasher.digest()
 
 
@@ -332,22 +420,18 @@ def _replace(connection: sa.Connection, table: sa.Table, row: dict[str, Any]) ->
     connection.execute(table.insert().values(row))
 
 
-def _model_row(run: str, version: int, model: ModelFile) -> sa.Insert:
-    return MODELS.insert().values(run=run, version=version, data_start=model.data_start, digest=model.digest)
-
-
-def _database_error(error: sqlalchemy_exc.DBAPIError) -> SeqfedError:
-    if "disk is full" in str(error.orig):
-        return StorageFull("the disk with the server's database is full; free some space; nothing saved before is lost")
-    return StorageError(f"the server's database: {error.orig}")
+def _add_model(connection: sa.Connection, run: str, version: int, model: ModelFile) -> None:
+    """Its row; one that is there already, of a commit whose answer was lost on the way, is left as it is."""
+    place = (MODELS.c.run == run, MODELS.c.version == version)
+    known = connection.execute(sa.select(MODELS.c.file, MODELS.c.digest).where(*place)).one_or_none()
+    if known is not None and (known.file, bytes(known.digest)) == (model.path.name, model.digest):
+        return
+    row = {"data_start": model.data_start, "digest": model.digest, "file": model.path.name}
+    connection.execute(MODELS.insert().values(run=run, version=version, **row))
 
 
 def _record(text: str) -> RoundRecord:
-    fields = json.loads(text)
-    for name in ("cohort", "folded"):
-        fields[name] = tuple(fields[name])
-    fields["spread"] = {metric: tuple(both) for metric, both in fields["spread"].items()}
-    return RoundRecord(**fields)
+    return RoundRecord(**{name: _tuples(value) for name, value in json.loads(text).items()})
 
 
 def dump_state(state: Run) -> str:
@@ -358,11 +442,15 @@ def dump_state(state: Run) -> str:
 
 
 def load_state(text: str) -> Run:
-    """The state that `dump_state` wrote, with nobody present."""
-    fields = json.loads(text)
-    for name in ("cohort", "folded", "evaluated"):
-        fields[name] = tuple(fields[name])
-    for name in ("failed", "evaluation", "newest"):
-        fields[name] = tuple((one, other) for one, other in fields[name])
-    fields["scores"] = tuple((metric, tuple(values)) for metric, values in fields["scores"])
+    """The state that `dump_state` wrote, with nobody present; what an older version did not know is as in `Run()`."""
+    fields = {name: _tuples(value) for name, value in json.loads(text).items()}
     return Run(**{**fields, "phase": Phase(fields["phase"])})
+
+
+def _tuples(value: Any) -> Any:
+    """What JSON made lists of, as the tuples that it was; they may lie in each other."""
+    if isinstance(value, list):
+        return tuple(map(_tuples, value))
+    if isinstance(value, dict):
+        return {key: _tuples(one) for key, one in value.items()}
+    return value

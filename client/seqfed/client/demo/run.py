@@ -28,7 +28,7 @@ from seqfed.client.demo.processes import Processes, processes, server_address
 from seqfed.client.history import draw
 from seqfed.client.shown import size
 from seqfed.client.watching import follow
-from seqfed.common import checkpoint
+from seqfed.common import checkpoint, views
 from seqfed.common.errors import ConfigError, TrainingFailed
 from seqfed.common.layout import Parameters
 from seqfed.common.metrics import metric_names, summary
@@ -247,23 +247,23 @@ def baselines(
     sets = [("pooled data", pooled), *((f"{one.name} alone", one.data.training) for one in sites)]
     epochs = settings.rounds * (spec.training.epochs or 1)
     longer = spec.model_copy(update={"training": spec.training.model_copy(update={"epochs": epochs})})
-    batches = sum(batch_count(len(data), longer.training) for _, data in sets)
+    batches = [batch_count(len(data), longer.training) for _, data in sets]
     columns = (TextColumn("for comparison: {task.description}"), BarColumn(), TimeElapsedColumn())
     found = []
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=batches)
-
-        def tick(_: int, __: int) -> None:
-            progress.advance(bar)
-
-        for name, data in sets:
+        bar = progress.add_task("", total=sum(batches))
+        for number, (name, data) in enumerate(sets):
             progress.update(bar, description=name)
-            found.append(_train_centrally(longer, data, held_out, tick)[metric])
+
+            def tell(now: views.Progress, before: int = sum(batches[:number])) -> None:
+                progress.update(bar, completed=before + now.done)
+
+            found.append(_train_centrally(longer, data, held_out, tell)[metric])
     return found[0], found[1:]
 
 
 def _train_centrally(
-    spec: RunSpec, data: Sequences, held_out: Sequences, tick: Callable[[int, int], None]
+    spec: RunSpec, data: Sequences, held_out: Sequences, tell: Callable[[views.Progress], None]
 ) -> dict[str, float]:
     from seqfed.client.network import network_for, use_threads
     from seqfed.client.training import evaluate, train
@@ -271,7 +271,7 @@ def _train_centrally(
     use_threads(1)
     network = network_for(spec)
     network.load(initial_parameters(spec))
-    train(network, data, spec, 1, generator(spec.seed, "baseline"), progress=tick)
+    train(network, data, spec, 1, generator(spec.seed, "baseline"), progress=tell)
     return summary(evaluate(network, held_out, spec))
 
 

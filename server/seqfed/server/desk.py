@@ -1,0 +1,185 @@
+"""The operator's desk: runs are submitted, stopped, paused, resumed and shown here; the coordinator does the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from seqfed.common import checkpoint, views
+from seqfed.common.checkpoint import ModelFile
+from seqfed.common.errors import RunEnded, TooLarge, UnknownRun
+from seqfed.common.metrics import require_metric
+from seqfed.common.model import initial_parameters, layout_of
+from seqfed.common.schema import misfit
+from seqfed.common.spec import RunSpec
+from seqfed.server import round as machine
+from seqfed.server.coordinator import ASKS, Coordinator
+from seqfed.server.explain import explain
+from seqfed.server.live import Live, Work
+from seqfed.server.round import ACTIVE, ENDED, Run
+
+# Clients named in one message to a watcher, each twice: 1 MB at 64 letters a name; gRPC stops at 4.
+HISTORY_NAMES = 8_000
+
+
+class Desk:
+    """What operators say and ask of one coordinator."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    async def submit(self, spec: RunSpec, initial: Path | None) -> views.RunView:
+        """Queue a run, from its seed or from a safetensors checkpoint.
+
+        Raises CheckpointError if that is another model, ConfigError if the run's task lacks its convergence metric.
+        """
+        require_metric(spec)
+        layout = layout_of(spec)
+        if layout.nbytes > self._coordinator.settings.max_model_bytes:
+            raise TooLarge(
+                f"the run's model has {layout.nbytes:,} bytes, the server's limit (max_model_bytes) is "
+                f"{self._coordinator.settings.max_model_bytes:,}"
+            )
+        run = secrets.token_hex(8)
+
+        def prepare() -> ModelFile:
+            parameters = initial_parameters(spec) if initial is None else checkpoint.load(initial, layout)
+            metadata = {"run": run, "round": "0", "spec": spec.canonical.decode(), "spec_digest": spec.digest}
+            model = checkpoint.save(self._coordinator.store.model_path(run, 0), parameters, metadata)
+            self._coordinator.store.create(run, spec, model)
+            return model
+
+        model = await asyncio.to_thread(prepare)
+        live = Live(run, spec, layout, Run(), model, 0, None, None, 0, 0, {})
+        self._coordinator.lives[run] = live
+        live.log().info("submitted: '%s', %d parameters, %d rounds", spec.name, layout.size, spec.rounds)
+        self._coordinator.schedule()
+        return self.view(live)
+
+    async def stop(self, run: str) -> views.RunView:
+        """End a run; raises RunEnded if it has ended."""
+        return await self._operate(run, machine.StopRequested())
+
+    async def pause(self, run: str) -> views.RunView:
+        """Let a run rest; raises RunEnded if it has ended, IllegalTransition if it rests already."""
+        return await self._operate(run, machine.PauseRequested())
+
+    async def resume(self, run: str) -> views.RunView:
+        """Queue a paused run again; raises RunEnded if it has ended, IllegalTransition if it is not paused."""
+        view = await self._operate(run, machine.ResumeRequested())
+        self._coordinator.schedule()
+        return view
+
+    async def _operate(self, run: str, event: machine.Event) -> views.RunView:
+        live = self.find(run)
+        if live.state.phase in ENDED:
+            raise RunEnded(f"run {live.run} is over already: {live.state.reason}")
+        await self._coordinator.ask(live, event)
+        return self.view(live)
+
+    def find(self, run: str) -> Live:
+        """The run with this id, this beginning of an id, or this name; raises UnknownRun."""
+        if run in self._coordinator.lives:
+            return self._coordinator.lives[run]
+        found = [one for one in self._coordinator.lives.values() if one.run.startswith(run) or one.spec.name == run]
+        if len(found) == 1 and run:
+            return found[0]
+        told = f"{len(found)} runs answer to '{run[:80]}'" if found and run else f"no run answers to '{run[:80]}'"
+        raise UnknownRun(f"{told}; `seqfed runs` lists the ids")
+
+    def runs(self) -> list[views.RunView]:
+        """All runs, oldest first."""
+        return [self.view(live) for live in self._coordinator.lives.values()]
+
+    async def watch(self, run: str, after: int) -> AsyncIterator[views.RunView]:
+        """A view at once and after every change, each with the finished rounds since the last; ends with the run."""
+        live = self.find(run)
+        while True:
+            changed, state = live.changed, live.state
+            ended = state.phase in ENDED
+            last = state.round if ended else state.round - 1  # the round under way has no complete record yet
+            history: list[views.RoundRecord] = []
+            most = max(
+                1, min(50, HISTORY_NAMES // max(1, len(self._coordinator.fitting(live.spec)), len(state.cohort)))
+            )
+            if last > after:
+                history = await asyncio.to_thread(self._coordinator.store.history, live.run, after, last, most)
+            more = len(history) == most
+            yield replace(self.view(live, history), ended=ended and not more)
+            after = history[-1].round if history else after
+            if more:
+                continue
+            if ended or self._coordinator.closing:
+                return
+            await changed.wait()
+
+    def view(self, live: Live, history: Iterable[views.RoundRecord] = ()) -> views.RunView:
+        """The run as its operator sees it."""
+        state = live.state
+        misfits = {
+            one.client: why for one in self._coordinator.hub.connected() if (why := misfit(live.spec.data, one.schema))
+        }
+        turn_of = next((one.run for one in self._coordinator.lives.values() if one.state.phase in ACTIVE), None)
+        end = live.ended if live.ended is not None else time.time()
+        fitting, tasks = self._coordinator.fitting(live.spec), self._tasks(live)
+        left = None
+        if live.deadline is not None and not live.deadline.cancelled() and state.phase in ASKS:
+            left = max(0.0, live.deadline.when() - asyncio.get_running_loop().time())
+        return views.RunView(
+            run=live.run,
+            name=live.spec.name,
+            phase=state.phase.value,
+            round=state.round,
+            rounds=live.spec.rounds,
+            attempt=state.attempt,
+            cohort=state.cohort,
+            pending=state.pending,
+            reason=live.trouble or explain(live.spec, state, fitting, misfits, turn_of, tasks, left),
+            history=tuple(history),
+            bytes_up=live.bytes_up,
+            bytes_down=live.bytes_down,
+            seconds=end - live.started if live.started is not None else 0.0,
+            spec=live.spec,
+            ended=state.phase in ENDED,
+            metrics=dict(state.newest),
+            tasks=tasks,
+            deadline_s=left,
+        )
+
+    def _tasks(self, live: Live) -> tuple[views.TaskView, ...]:
+        """The clients at work for the run."""
+        now = asyncio.get_running_loop().time()
+        found = []
+        for client, round_ in sorted(live.state.working):
+            work = live.work.get(client) or Work(now, now)
+            connected = self._coordinator.hub.get(client) is not None
+            found.append(views.TaskView(client, round_, work.progress, now - work.heard, connected))
+        return tuple(found)
+
+    async def clients(self) -> list[views.ClientView]:
+        """Every client that was ever here."""
+        now = time.time()
+        found = []
+        for known in await asyncio.to_thread(self._coordinator.store.clients):
+            connection = self._coordinator.hub.get(known.client)
+            task = connection.task if connection is not None else None
+            found.append(
+                views.ClientView(
+                    client=known.client,
+                    connected=connection is not None,
+                    seconds=now
+                    - (
+                        connection.since
+                        if connection is not None
+                        else self._coordinator.seen.get(known.client, known.seen)
+                    ),
+                    task=f"{task.kind.value} in round {task.key.round} of {task.key.run}" if task is not None else "",
+                    schema=connection.schema if connection is not None else known.schema,
+                    software=connection.software if connection is not None else known.software,
+                )
+            )
+        return found

@@ -1,0 +1,109 @@
+"""A run in the daemon's memory: its committed state, and what can be made anew from the store."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Final
+
+from seqfed.common import logs, views
+from seqfed.common.checkpoint import ModelFile
+from seqfed.common.layout import Layout
+from seqfed.common.metrics import names
+from seqfed.common.spec import RunSpec
+from seqfed.server import fedavg
+from seqfed.server.round import Run
+from seqfed.server.store import StoredRun, UpdateRow
+
+log = logging.getLogger("seqfed.server")
+
+FRESH: Final = (
+    256  # what an update of the round itself weighs where late ones weigh less: in whole numbers, so sums stay exact
+)
+
+
+@dataclass
+class Work:
+    """A client's task under way: clock readings of when it was asked and last heard of, and what it then said."""
+
+    asked: float
+    heard: float
+    progress: views.Progress | None = None
+
+
+@dataclass(eq=False)
+class Live:
+    """A run in memory: the committed state and what can be made anew from the store."""
+
+    run: str
+    spec: RunSpec
+    layout: Layout
+    state: Run
+    model: ModelFile
+    version: int
+    started: float | None  # seconds since the epoch
+    ended: float | None
+    bytes_up: int
+    bytes_down: int
+    updates: dict[str, UpdateRow]  # that are in the sum or go into the next, by client
+    older: dict[int, ModelFile] = field(default_factory=dict)  # versions from which somebody still works
+    sum: fedavg.WeightedSum | None = None
+    small: tuple[bytes, bytes] | None = None  # digest and vector of the current model, if it is one chunk
+    record: views.RoundRecord | None = None  # the round that is committed and not yet closed
+    mark: tuple[float, int, int] = (0.0, 0, 0)  # clock, bytes up, bytes down when the round began
+    deadline: asyncio.TimerHandle | None = None
+    work: dict[str, Work] = field(default_factory=dict)  # of those who are at work, by client
+    scan: asyncio.TimerHandle | None = None  # the next look for silent ones
+    telling: asyncio.TimerHandle | None = None  # the next news of mere progress
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # replaced at every change
+    trouble: str = ""  # why the store does not take its next step, while it does not
+
+    @cached_property
+    def sums(self) -> frozenset[str]:
+        """What the tally of an evaluation may have."""
+        return frozenset(names(self.spec))
+
+    def tell(self) -> None:
+        """Wake everybody who watches this run."""
+        if self.telling is not None:
+            self.telling.cancel()
+            self.telling = None
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    def tell_soon(self, seconds: float) -> None:
+        """The same, at most so often: for what changes all the time."""
+        if self.telling is None:
+            self.telling = asyncio.get_running_loop().call_later(seconds, self.tell)
+
+    def weight(self, examples: int, age: int) -> int:
+        """What an update of so many examples counts, `age` rounds after its own: (1 + age)^-a of a fresh one."""
+        own = examples if self.spec.aggregation.weighting == "examples" else 1
+        if not self.spec.folds_late:
+            return own
+        return own * max(1, round(FRESH * math.pow(1 + age, -self.spec.cohort.staleness)))
+
+    def log(self, client: str = "") -> logging.LoggerAdapter[logging.Logger]:
+        """For lines about this run."""
+        return logs.about(log, run=self.run, round=self.state.round, client=client)
+
+
+def revive(stored: StoredRun) -> Live:
+    """The run as the store has it."""
+    return Live(
+        stored.run,
+        stored.spec,
+        stored.model.layout,
+        stored.state,
+        stored.model,
+        stored.version,
+        stored.started,
+        stored.ended,
+        stored.bytes_up,
+        stored.bytes_down,
+        {one.client: one for one in stored.updates},
+        record=stored.record,
+    )
