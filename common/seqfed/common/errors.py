@@ -82,6 +82,26 @@ class UnknownSession(SeqfedError):
     """The server does not know this session: it restarted, or the client joined again. Join again."""
 
 
+class Unauthenticated(SeqfedError):
+    """Whoever calls has no certificate or token of this federation, or one that has ended or was revoked."""
+
+
+class NotAllowed(SeqfedError):
+    """This identity may not do that."""
+
+
+class PolicyRefused(SeqfedError):
+    """A data holder's own policy forbids what a run asks of it."""
+
+
+class RateLimited(SeqfedError):
+    """The same peer calls too often; later it may again."""
+
+
+class AuditBroken(SeqfedError):
+    """The audit log's chain does not hold: an entry was changed, removed or put in."""
+
+
 class UnknownRun(SeqfedError):
     """No run, or more than one, answers to this name."""
 

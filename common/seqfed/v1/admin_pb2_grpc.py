@@ -70,6 +70,16 @@ class AdminStub:
                 request_serializer=seqfed_dot_v1_dot_admin__pb2.ListClientsRequest.SerializeToString,
                 response_deserializer=seqfed_dot_v1_dot_admin__pb2.ClientStatus.FromString,
                 _registered_method=True)
+        self.RevokeClient = channel.unary_unary(
+                '/seqfed.v1.Admin/RevokeClient',
+                request_serializer=seqfed_dot_v1_dot_admin__pb2.RevokeClientRequest.SerializeToString,
+                response_deserializer=seqfed_dot_v1_dot_admin__pb2.ClientStatus.FromString,
+                _registered_method=True)
+        self.ListAudit = channel.unary_stream(
+                '/seqfed.v1.Admin/ListAudit',
+                request_serializer=seqfed_dot_v1_dot_admin__pb2.ListAuditRequest.SerializeToString,
+                response_deserializer=seqfed_dot_v1_dot_admin__pb2.AuditEntry.FromString,
+                _registered_method=True)
         self.ExportModel = channel.unary_stream(
                 '/seqfed.v1.Admin/ExportModel',
                 request_serializer=seqfed_dot_v1_dot_admin__pb2.ExportModelRequest.SerializeToString,
@@ -128,6 +138,20 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RevokeClient(self, request, context):
+        """Ends everything that this client's certificates open, at once; it must enrol again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAudit(self, request, context):
+        """The audit log, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportModel(self, request, context):
         """The bytes of the newest model's safetensors file from `offset` on.
         """
@@ -172,6 +196,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ListClients,
                     request_deserializer=seqfed_dot_v1_dot_admin__pb2.ListClientsRequest.FromString,
                     response_serializer=seqfed_dot_v1_dot_admin__pb2.ClientStatus.SerializeToString,
+            ),
+            'RevokeClient': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeClient,
+                    request_deserializer=seqfed_dot_v1_dot_admin__pb2.RevokeClientRequest.FromString,
+                    response_serializer=seqfed_dot_v1_dot_admin__pb2.ClientStatus.SerializeToString,
+            ),
+            'ListAudit': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListAudit,
+                    request_deserializer=seqfed_dot_v1_dot_admin__pb2.ListAuditRequest.FromString,
+                    response_serializer=seqfed_dot_v1_dot_admin__pb2.AuditEntry.SerializeToString,
             ),
             'ExportModel': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportModel,
@@ -368,6 +402,60 @@ class Admin:
             '/seqfed.v1.Admin/ListClients',
             seqfed_dot_v1_dot_admin__pb2.ListClientsRequest.SerializeToString,
             seqfed_dot_v1_dot_admin__pb2.ClientStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeClient(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/seqfed.v1.Admin/RevokeClient',
+            seqfed_dot_v1_dot_admin__pb2.RevokeClientRequest.SerializeToString,
+            seqfed_dot_v1_dot_admin__pb2.ClientStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/seqfed.v1.Admin/ListAudit',
+            seqfed_dot_v1_dot_admin__pb2.ListAuditRequest.SerializeToString,
+            seqfed_dot_v1_dot_admin__pb2.AuditEntry.FromString,
             options,
             channel_credentials,
             insecure,

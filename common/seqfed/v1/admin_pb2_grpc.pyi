@@ -45,6 +45,10 @@ class AdminStub:
     """Queues a paused run again, whoever paused it."""
     ListClients: _grpc.UnaryStreamMultiCallable[_admin_pb2.ListClientsRequest, _admin_pb2.ClientStatus]
     """All clients that were ever here, by name."""
+    RevokeClient: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RevokeClientRequest, _admin_pb2.ClientStatus]
+    """Ends everything that this client's certificates open, at once; it must enrol again."""
+    ListAudit: _grpc.UnaryStreamMultiCallable[_admin_pb2.ListAuditRequest, _admin_pb2.AuditEntry]
+    """The audit log, oldest first."""
     ExportModel: _grpc.UnaryStreamMultiCallable[_admin_pb2.ExportModelRequest, _federation_pb2.Chunk]
     """The bytes of the newest model's safetensors file from `offset` on."""
 
@@ -64,6 +68,10 @@ class AdminAsyncStub(AdminStub):
     """Queues a paused run again, whoever paused it."""
     ListClients: _aio.UnaryStreamMultiCallable[_admin_pb2.ListClientsRequest, _admin_pb2.ClientStatus]  # type: ignore[assignment]
     """All clients that were ever here, by name."""
+    RevokeClient: _aio.UnaryUnaryMultiCallable[_admin_pb2.RevokeClientRequest, _admin_pb2.ClientStatus]  # type: ignore[assignment]
+    """Ends everything that this client's certificates open, at once; it must enrol again."""
+    ListAudit: _aio.UnaryStreamMultiCallable[_admin_pb2.ListAuditRequest, _admin_pb2.AuditEntry]  # type: ignore[assignment]
+    """The audit log, oldest first."""
     ExportModel: _aio.UnaryStreamMultiCallable[_admin_pb2.ExportModelRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
     """The bytes of the newest model's safetensors file from `offset` on."""
 
@@ -122,6 +130,22 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_pb2.ClientStatus], _abc.AsyncIterator[_admin_pb2.ClientStatus]]:
         """All clients that were ever here, by name."""
+
+    @_abc_1.abstractmethod
+    def RevokeClient(
+        self,
+        request: _admin_pb2.RevokeClientRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ClientStatus, _abc.Awaitable[_admin_pb2.ClientStatus]]:
+        """Ends everything that this client's certificates open, at once; it must enrol again."""
+
+    @_abc_1.abstractmethod
+    def ListAudit(
+        self,
+        request: _admin_pb2.ListAuditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.AuditEntry], _abc.AsyncIterator[_admin_pb2.AuditEntry]]:
+        """The audit log, oldest first."""
 
     @_abc_1.abstractmethod
     def ExportModel(

@@ -74,6 +74,11 @@ class FederationStub:
                 request_serializer=seqfed_dot_v1_dot_federation__pb2.ReportFailureRequest.SerializeToString,
                 response_deserializer=seqfed_dot_v1_dot_federation__pb2.ReportFailureReply.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/seqfed.v1.Federation/Renew',
+                request_serializer=seqfed_dot_v1_dot_federation__pb2.RenewRequest.SerializeToString,
+                response_deserializer=seqfed_dot_v1_dot_federation__pb2.Certificate.FromString,
+                _registered_method=True)
 
 
 class FederationServicer:
@@ -135,6 +140,13 @@ class FederationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Renew(self, request, context):
+        """A new certificate for the caller's own identity, before the old one ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FederationServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -177,6 +189,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.ReportFailure,
                     request_deserializer=seqfed_dot_v1_dot_federation__pb2.ReportFailureRequest.FromString,
                     response_serializer=seqfed_dot_v1_dot_federation__pb2.ReportFailureReply.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=seqfed_dot_v1_dot_federation__pb2.RenewRequest.FromString,
+                    response_serializer=seqfed_dot_v1_dot_federation__pb2.Certificate.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -395,6 +412,109 @@ class Federation:
             '/seqfed.v1.Federation/ReportFailure',
             seqfed_dot_v1_dot_federation__pb2.ReportFailureRequest.SerializeToString,
             seqfed_dot_v1_dot_federation__pb2.ReportFailureReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/seqfed.v1.Federation/Renew',
+            seqfed_dot_v1_dot_federation__pb2.RenewRequest.SerializeToString,
+            seqfed_dot_v1_dot_federation__pb2.Certificate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class EnrollmentStub:
+    """On a port of its own, whose callers have no certificate yet: TLS with the server's only.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Enroll = channel.unary_unary(
+                '/seqfed.v1.Enrollment/Enroll',
+                request_serializer=seqfed_dot_v1_dot_federation__pb2.EnrollRequest.SerializeToString,
+                response_deserializer=seqfed_dot_v1_dot_federation__pb2.Certificate.FromString,
+                _registered_method=True)
+
+
+class EnrollmentServicer:
+    """On a port of its own, whose callers have no certificate yet: TLS with the server's only.
+    """
+
+    def Enroll(self, request, context):
+        """The first certificate of a client, for a token that the federation's operator made for it. A token works once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_EnrollmentServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Enroll': grpc.unary_unary_rpc_method_handler(
+                    servicer.Enroll,
+                    request_deserializer=seqfed_dot_v1_dot_federation__pb2.EnrollRequest.FromString,
+                    response_serializer=seqfed_dot_v1_dot_federation__pb2.Certificate.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'seqfed.v1.Enrollment', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('seqfed.v1.Enrollment', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Enrollment:
+    """On a port of its own, whose callers have no certificate yet: TLS with the server's only.
+    """
+
+    @staticmethod
+    def Enroll(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/seqfed.v1.Enrollment/Enroll',
+            seqfed_dot_v1_dot_federation__pb2.EnrollRequest.SerializeToString,
+            seqfed_dot_v1_dot_federation__pb2.Certificate.FromString,
             options,
             channel_credentials,
             insecure,

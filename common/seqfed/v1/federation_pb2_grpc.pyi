@@ -52,6 +52,8 @@ class FederationStub:
     """How far the task in hand is; also the sign that its work goes on. Refused once the task is no longer wanted."""
     ReportFailure: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ReportFailureRequest, _federation_pb2.ReportFailureReply]
     """A task that this client cannot do, and why, in words for the operator."""
+    Renew: _grpc.UnaryUnaryMultiCallable[_federation_pb2.RenewRequest, _federation_pb2.Certificate]
+    """A new certificate for the caller's own identity, before the old one ends."""
 
 @_typing.type_check_only
 class FederationAsyncStub(FederationStub):
@@ -72,6 +74,8 @@ class FederationAsyncStub(FederationStub):
     """How far the task in hand is; also the sign that its work goes on. Refused once the task is no longer wanted."""
     ReportFailure: _aio.UnaryUnaryMultiCallable[_federation_pb2.ReportFailureRequest, _federation_pb2.ReportFailureReply]  # type: ignore[assignment]
     """A task that this client cannot do, and why, in words for the operator."""
+    Renew: _aio.UnaryUnaryMultiCallable[_federation_pb2.RenewRequest, _federation_pb2.Certificate]  # type: ignore[assignment]
+    """A new certificate for the caller's own identity, before the old one ends."""
 
 class FederationServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -138,4 +142,43 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_federation_pb2.ReportFailureReply, _abc.Awaitable[_federation_pb2.ReportFailureReply]]:
         """A task that this client cannot do, and why, in words for the operator."""
 
+    @_abc_1.abstractmethod
+    def Renew(
+        self,
+        request: _federation_pb2.RenewRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.Certificate, _abc.Awaitable[_federation_pb2.Certificate]]:
+        """A new certificate for the caller's own identity, before the old one ends."""
+
 def add_FederationServicer_to_server(servicer: FederationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class EnrollmentStub:
+    """On a port of its own, whose callers have no certificate yet: TLS with the server's only."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> EnrollmentAsyncStub: ...
+    Enroll: _grpc.UnaryUnaryMultiCallable[_federation_pb2.EnrollRequest, _federation_pb2.Certificate]
+    """The first certificate of a client, for a token that the federation's operator made for it. A token works once."""
+
+@_typing.type_check_only
+class EnrollmentAsyncStub(EnrollmentStub):
+    """On a port of its own, whose callers have no certificate yet: TLS with the server's only."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Enroll: _aio.UnaryUnaryMultiCallable[_federation_pb2.EnrollRequest, _federation_pb2.Certificate]  # type: ignore[assignment]
+    """The first certificate of a client, for a token that the federation's operator made for it. A token works once."""
+
+class EnrollmentServicer(metaclass=_abc_1.ABCMeta):
+    """On a port of its own, whose callers have no certificate yet: TLS with the server's only."""
+
+    @_abc_1.abstractmethod
+    def Enroll(
+        self,
+        request: _federation_pb2.EnrollRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.Certificate, _abc.Awaitable[_federation_pb2.Certificate]]:
+        """The first certificate of a client, for a token that the federation's operator made for it. A token works once."""
+
+def add_EnrollmentServicer_to_server(servicer: EnrollmentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -85,9 +85,9 @@ class Coordinator:
         self.intake = Intake(settings.uploads_in_flight, settings.uploads_waiting, settings.upload_stall_s)
         self.lives: dict[str, Live] = {}
         self._items: deque[_Item] = deque()
+        self._put_off: dict[str, list[_Item]] = {}  # by run: events for a store that could not take the first of them
         self._wake = asyncio.Event()
         self.closing = False
-        self._waiting = False  # for a store that could not take an event
         self._tidying: set[asyncio.Future[None]] = set()
         self.seen: dict[str, float] = {}  # when a client that is away was last here, in seconds since the epoch
         self._known: set[str] = set()  # every client that was ever here
@@ -147,8 +147,15 @@ class Coordinator:
         await answer
 
     def _put(self, item: _Item) -> None:
-        self._items.append(item)
-        self._wake.set()
+        """Queue an event; behind one that waits for the store, where order is kept, and nobody is made to wait."""
+        put_off = self._put_off.get(item.run)
+        if put_off is None:
+            self._items.append(item)
+            self._wake.set()
+        elif item.answer is None:
+            put_off.append(item)
+        elif not item.answer.done():
+            item.answer.set_exception(StorageError(self.lives[item.run].trouble))
 
     # The loop -----------------------------------------------------------------------------------------------------
 
@@ -209,8 +216,7 @@ class Coordinator:
             live.log().error("%s: %s; again in %g s", what, refusal, STORE_AGAIN_S)
             live.trouble = f"{refusal}; trying again every {STORE_AGAIN_S:g} s"
             live.tell()
-            self._waiting = True
-            asyncio.get_running_loop().call_later(STORE_AGAIN_S, self._again, item)
+            self._put_off_until_later(item)
         elif isinstance(refusal, SeqfedError):
             live.log().debug("%s came to nothing: %s", what, refusal)
         else:
@@ -225,9 +231,20 @@ class Coordinator:
         self._items.clear()
         self.close()
 
-    def _again(self, item: _Item) -> None:
-        self._waiting = False
-        self._put(item)
+    def _put_off_until_later(self, item: _Item) -> None:
+        """Keep this event, and those of its run that come after it, for a while."""
+        if item.run not in self._put_off:
+            self._put_off[item.run] = []
+            asyncio.get_running_loop().call_later(STORE_AGAIN_S, self._again, item.run)
+        self._put_off[item.run].append(item)
+        behind = [one for one in self._items if one.run == item.run]
+        self._items = deque(one for one in self._items if one.run != item.run)
+        for one in behind:
+            self._put(one)
+
+    def _again(self, run: str) -> None:
+        self._items.extendleft(reversed(self._put_off.pop(run)))
+        self._wake.set()
 
     async def _follow(self, live: Live, event: machine.Event, model: ModelFile | None = None) -> None:
         """A step that an effect itself brought about, and its own effects."""
@@ -459,7 +476,7 @@ class Coordinator:
 
     def schedule(self) -> None:
         """Give the turn to the oldest queued run that can begin, if nobody has it."""
-        if any(live.state.phase in ACTIVE for live in self.lives.values()) or self._items or self._waiting:
+        if any(live.state.phase in ACTIVE for live in self.lives.values()) or self._items or self._put_off:
             return
         for live in self.lives.values():
             if live.state.phase is Phase.QUEUED:
