@@ -354,12 +354,15 @@ def test_all_that_are_present_evaluate_not_the_cohort_alone() -> None:
     assert (run.phase, effects[-1]) == (Phase.EVALUATING, Ask(("a", "b", "c", "d")))
 
 
-def test_nobody_present_means_no_evaluation() -> None:
+def test_when_nobody_is_present_the_cohort_is_asked_when_it_comes_and_not_waited_for_long() -> None:
     spec = make_spec(evaluation__every=1)
     run, effects = follow(
         spec, training(spec, "a", "b"), UpdateArrived(1, "a"), UpdateArrived(1, "b"), gone("a", "b"), ModelCommitted(1)
     )
-    assert (run.phase, effects) == (Phase.FINISHED, (closed(1), EndRun()))
+    assert (run.phase, effects) == (Phase.EVALUATING, (StartDeadline(600), Ask(("a", "b"))))
+    assert on(spec, run, here("a"))[1] == (Ask(("a",)),)
+    run, effects = follow(spec, run, Silence("a"), Silence("b"))
+    assert (run.phase, effects) == (Phase.FINISHED, (closed(1), Dismiss((("a", 1), ("b", 1))), EndRun()))
 
 
 def test_whoever_leaves_or_fails_is_not_waited_for() -> None:

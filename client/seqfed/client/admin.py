@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from blake3 import blake3
@@ -22,6 +22,8 @@ from seqfed.common.transfer import CHUNK_BYTES
 from seqfed.v1 import admin_pb2
 from seqfed.v1.admin_pb2_grpc import AdminStub
 from seqfed.v1.federation_pb2 import Chunk
+
+CHOICE_S: Final = 5.0  # seconds that one of several servers has to say that it serves
 
 
 class Operator:
@@ -50,7 +52,7 @@ class Operator:
         """Go on with the first server, from the present one on, that says that it serves; with the last if none does."""
         for _ in range(len(self._servers) - 1):
             with contextlib.suppress(ServerUnavailable):
-                if await self.healthy():
+                if await self.healthy(CHOICE_S):
                     return
             self.turn()
 
@@ -135,10 +137,10 @@ class Operator:
                 size += len(chunk.data)
         return size
 
-    async def healthy(self) -> bool:
-        """Whether the server says that it serves."""
+    async def healthy(self, patience_s: float = ANSWER_S) -> bool:
+        """Whether the server says so soon enough that it serves."""
         with raising(self._address):
-            reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=ANSWER_S)
+            reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=patience_s)
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 

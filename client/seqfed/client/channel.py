@@ -20,6 +20,7 @@ OPTIONS: Final = (
     # as TCP_USER_TIMEOUT too, so it also bounds how long what is sent may be under way.
     ("grpc.keepalive_time_ms", 12_000),
     ("grpc.keepalive_timeout_ms", 16_000),
+    ("grpc.http2.ping_timeout_ms", 16_000),  # of the same pings, and left alone it is a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),  # the client's own backoff decides; gRPC's must not add to it

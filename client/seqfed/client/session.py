@@ -60,6 +60,7 @@ Dial = Callable[
 ]  # (HOST:PORT, whether insecure is allowed)
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries
+BUSY_WAITS: Final = (1.0, 4.0)  # seconds, when a server has no room just now
 BEAT_S: Final = 5.0  # seconds from one word about the progress to the next: a task shorter than that costs none
 HOPELESS = (ConfigError, InsecureRefused, InvalidName, VersionMismatch)  # trying again cannot help
 BROKEN = (ServerUnavailable, BrokenTransfer)  # what a transfer ends with if the link does not carry it
@@ -191,7 +192,9 @@ class Session:
                 stays = isinstance(error, Overloaded)  # it is the right one, only busy
                 if spread is None:
                     failed += 1
-                    wait = backoff.wait() if stays or failed % len(self._servers) == 0 else 0.0
+                    wait = backoff.wait() if failed % len(self._servers) == 0 else 0.0
+                    if stays:  # in a moment it has room: no longer waits for those who were unlucky
+                        wait = self._rng.uniform(*BUSY_WAITS)
                 else:
                     failed, wait = 0, self._rng.uniform(0.0, spread)
                     if settled or clock() - began > LONGEST_WAIT:

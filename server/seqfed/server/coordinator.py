@@ -33,7 +33,6 @@ from seqfed.common.errors import (
 from seqfed.common.layout import Flat
 from seqfed.common.metrics import add
 from seqfed.common.schema import DataSchema, misfit
-from seqfed.common.spec import RunSpec
 from seqfed.common.transfer import CHUNK_BYTES
 from seqfed.server import fedavg, points
 from seqfed.server import round as machine
@@ -47,6 +46,7 @@ from seqfed.server.store import KnownClient, Store, UpdateRow
 log = logging.getLogger("seqfed.server")
 
 STORE_AGAIN_S = 5.0  # before an event is tried again that the store could not take
+SPREAD = 1.5  # of the time that it takes to admit all clients: at full rate some would be refused by mere chance
 SCANS = 6  # looks for silent clients in the time after which one is silent
 
 
@@ -480,7 +480,7 @@ class Coordinator:
             return
         for live in self.lives.values():
             if live.state.phase is Phase.QUEUED:
-                fitting = self.fitting(live.spec)
+                fitting, _ = self.fits(live)
                 if len(fitting) >= live.spec.cohort.required:
                     self._post(live, machine.ClientsChanged(arrived=tuple(fitting)))
                     self._post(live, machine.Turn())
@@ -506,9 +506,15 @@ class Coordinator:
                 live.tell()
         self.schedule()
 
-    def fitting(self, spec: RunSpec) -> list[str]:
-        """The connected clients whose data suit such a run."""
-        return [one.client for one in self.hub.connected() if misfit(spec.data, one.schema) is None]
+    def fits(self, live: Live) -> tuple[list[str], dict[str, str]]:
+        """The connected clients whose data suit the run, by name; and of the others why they do not."""
+        changes, fitting, misfits = live.fits
+        if changes != self.hub.changes:  # asked at every change of a run, where connections seldom do
+            told = {one.client: misfit(live.spec.data, one.schema) for one in self.hub.connected()}
+            misfits = {client: why for client, why in told.items() if why is not None}
+            fitting = [client for client in told if client not in misfits]
+            live.fits = (self.hub.changes, fitting, misfits)
+        return fitting, misfits
 
     def _task(self, live: Live, kind: views.TaskKind, round_: int | None = None) -> views.Task:
         key = views.TaskKey(live.run, live.state.round if round_ is None else round_, live.state.attempt)
@@ -568,7 +574,7 @@ class Coordinator:
     @property
     def spread_s(self) -> float:
         """Over how many seconds the clients are to spread when all of them come back at once."""
-        return len(self._known) / self.settings.joins_per_s
+        return SPREAD * len(self._known) / self.settings.joins_per_s
 
     def model_file(self, client: str, run: str, version: int) -> tuple[ModelFile, Callable[[int], None]]:
         """A model that clients may still need, and what must hear of the bytes sent of it."""

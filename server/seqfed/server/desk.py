@@ -14,7 +14,6 @@ from seqfed.common.checkpoint import ModelFile
 from seqfed.common.errors import RunEnded, TooLarge, UnknownRun
 from seqfed.common.metrics import require_metric
 from seqfed.common.model import initial_parameters, layout_of
-from seqfed.common.schema import misfit
 from seqfed.common.spec import RunSpec
 from seqfed.server import round as machine
 from seqfed.server.coordinator import ASKS, Coordinator
@@ -103,9 +102,7 @@ class Desk:
             ended = state.phase in ENDED
             last = state.round if ended else state.round - 1  # the round under way has no complete record yet
             history: list[views.RoundRecord] = []
-            most = max(
-                1, min(50, HISTORY_NAMES // max(1, len(self._coordinator.fitting(live.spec)), len(state.cohort)))
-            )
+            most = max(1, min(50, HISTORY_NAMES // max(1, len(self._coordinator.fits(live)[0]), len(state.cohort))))
             if last > after:
                 history = await asyncio.to_thread(self._coordinator.store.history, live.run, after, last, most)
             more = len(history) == most
@@ -120,12 +117,9 @@ class Desk:
     def view(self, live: Live, history: Iterable[views.RoundRecord] = ()) -> views.RunView:
         """The run as its operator sees it."""
         state = live.state
-        misfits = {
-            one.client: why for one in self._coordinator.hub.connected() if (why := misfit(live.spec.data, one.schema))
-        }
         turn_of = next((one.run for one in self._coordinator.lives.values() if one.state.phase in ACTIVE), None)
         end = live.ended if live.ended is not None else time.time()
-        fitting, tasks = self._coordinator.fitting(live.spec), self._tasks(live)
+        (fitting, misfits), tasks = self._coordinator.fits(live), self._tasks(live)
         left = None
         if live.deadline is not None and not live.deadline.cancelled() and state.phase in ASKS:
             left = max(0.0, live.deadline.when() - asyncio.get_running_loop().time())

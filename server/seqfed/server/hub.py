@@ -37,6 +37,7 @@ class Hub:
         self._on_change = on_change
         self._by_name: dict[str, Connection] = {}
         self._by_session: dict[str, Connection] = {}
+        self.changes = 0  # how often somebody has begun or ceased to listen
 
     def join(
         self,
@@ -95,12 +96,14 @@ class Hub:
         """The tasks of this session as they come, until it is replaced or the caller stops listening."""
         connection = self.connection(session)
         connection.listening = True
+        self.changes += 1
         self._on_change(connection.client, None)
         try:
             while (task := await connection.tasks.get()) is not None:
                 yield task
         finally:
             connection.listening = False
+            self.changes += 1
             successor = self._by_name.get(connection.client)
             if successor is connection:
                 del self._by_name[connection.client]

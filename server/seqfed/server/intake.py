@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Final
@@ -113,6 +114,9 @@ class Intake:
         self._stall_s = stall_s
         self._most = in_flight + waiting
         self._here = 0  # uploads that move or wait
+        self._own = secrets.token_hex(
+            4
+        )  # a daemon that has lost its lease unawares may still be writing beside this one
         self._parts: dict[tuple[str, str], Part] = {}  # by (run, client): a client works on one update at a time
 
     def received(self, client: str, run: str, digest: bytes) -> int:
@@ -187,7 +191,7 @@ class Intake:
             if part is not None:
                 part.drop()
             mark = header.digest.hex()[:16]  # one that is given up may still be at work on its own file
-            part = self._parts[place] = Part(header, final.with_name(f"{final.name}.{mark}.part"))
+            part = self._parts[place] = Part(header, final.with_name(f"{final.name}.{mark}.{self._own}.part"))
         return part
 
     def _let_go(self, place: tuple[str, str], part: Part) -> None:

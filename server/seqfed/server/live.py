@@ -59,6 +59,7 @@ class Live:
     scan: asyncio.TimerHandle | None = None  # the next look for silent ones
     telling: asyncio.TimerHandle | None = None  # the next news of mere progress
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # replaced at every change
+    fits: tuple[int, list[str], dict[str, str]] = (-1, [], {})  # see `Coordinator.fits`
     trouble: str = ""  # why the store does not take its next step, while it does not
 
     @cached_property

@@ -606,7 +606,8 @@ def _committed(spec: RunSpec, run: Run, event: ModelCommitted) -> Step:
     run = replace(run, late=(), owing=fresh)
     every = spec.evaluation.every
     due = every > 0 and (run.round % every == 0 or run.round == spec.rounds)
-    idle = run.present - {name for name, _ in run.owing}
+    # After a restart nobody is there yet; the round's own clients will be, or fall silent.
+    idle = (run.present or set(run.cohort)) - {name for name, _ in run.owing}
     if not due or not idle:
         state, effects = _close(spec, run)
         return state, (*dismissed, *effects)
