@@ -290,6 +290,7 @@ async def test_an_update_that_nobody_wants_any_more_leaves_nothing_behind(bench:
     free.set()
     with pytest.raises(WrongRound):
         await late
+    await bench.coordinator.tidied()
     assert not list((tmp_path / "updates" / live.run).glob("1.c.*"))
 
 

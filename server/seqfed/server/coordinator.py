@@ -123,10 +123,14 @@ class Coordinator:
                 await self._handle(self.lives[self._items[0].run])
                 self.schedule()
             if self.closing:
-                await asyncio.gather(*self._tidying)
+                await self.tidied()
                 return
             self._wake.clear()
             await self._wake.wait()
+
+    async def tidied(self) -> None:
+        """Wait for what is done beside the work."""
+        await asyncio.gather(*self._tidying)
 
     def close(self) -> None:
         """Stop after the events in hand; runs stay as they are and are taken up by the next daemon."""
@@ -207,6 +211,10 @@ class Coordinator:
         what = type(item.event).__name__
         if isinstance(refusal, LeaseLost):
             self._lose(refusal)
+        elif item.update is not None:
+            known = live.updates.get(item.update.client)
+            if known is None or known.digest != item.update.digest:
+                self._tidy(live, [item.update])  # here, where every refusal is heard of: who asked may be gone
         if item.answer is not None:
             if not item.answer.done():
                 item.answer.set_exception(refusal)
@@ -423,9 +431,14 @@ class Coordinator:
 
     def _fold(self, live: Live, updates: Iterable[UpdateRow]) -> None:
         assert live.sum is not None
+        bound = live.spec.aggregation.clips_at
         for update in updates:
             path = self.store.update_path(live.run, update.base, update.client, update.digest)
-            fedavg.fold(live.sum, live.weight(update.weight, live.state.round - update.base), _numbers(path))
+            # From the file, and nothing of it is kept: what a restart folds again comes out the same.
+            scale = 1.0 if bound is None else fedavg.shrink(fedavg.norm(_numbers(path)), bound)
+            if scale < 1.0:
+                live.log(update.client).info("its update is scaled down to %.3g of itself (max_norm)", scale)
+            fedavg.fold(live.sum, live.weight(update.weight, live.state.round - update.base), _numbers(path), scale)
 
     async def _commit_model(self, live: Live) -> None:
         model = await asyncio.to_thread(self._write_model, live)
@@ -641,7 +654,7 @@ class Coordinator:
         row = UpdateRow(client, base, base, header.weight, header.digest, dict(header.tally), header.training_seconds)
         path = self.store.update_path(live.run, base, client, header.digest)
         weight, cohort = live.weight(row.weight, 0), max(1, len(live.state.cohort) + len(live.state.owing))
-        await self.intake.receive(client, header, live.layout, weight, cohort, path, chunks, meter)
+        await self.intake.receive(client, header, live.layout, weight, cohort, path, chunks, meter, live.spec.aggregation)
         points.reached("update-placed")
         work = live.work.get(client)
         seconds = asyncio.get_running_loop().time() - work.asked if work is not None else None
@@ -649,11 +662,6 @@ class Coordinator:
             await self.ask(live, machine.UpdateArrived(base, client, seconds), row)
         except DuplicateUpdate:
             return self.counted(client, header.key, header.digest)
-        except SeqfedError:
-            known = live.updates.get(client)
-            if known is None or known.digest != header.digest:
-                await asyncio.to_thread(path.unlink, missing_ok=True)
-            raise
         self.hub.done(client)
         return False
 
