@@ -1,7 +1,8 @@
 # One image for the server, the clients and the operator's commands: what it runs is its argument.
 #
 #   docker build --tag seqfed .
-#   docker run --volume seqfed-state:/state seqfed server --host 0.0.0.0 --state /state --insecure   (in a private network)
+#   docker run --volume seqfed-state:/state --volume ./tls:/federation/server seqfed \
+#     server --host 0.0.0.0 --state /state --tls /federation/server
 #   docker run seqfed submit --help
 #
 # Every dependency is a wheel, so no stage holds a compiler. Versions are those of constraints.txt.
@@ -37,8 +38,8 @@ RUN bin/pip install --no-cache-dir --no-deps --no-index /wheels/*.whl
 
 # A fixed id, so that a folder mounted from the host can be given to it: chown 7733 FOLDER.
 RUN useradd --uid 7733 --user-group --create-home --home-dir /var/lib/seqfed seqfed \
-    && mkdir /data /state \
-    && chown seqfed:seqfed /data /state
+    && mkdir -p /data /state /federation/ca /federation/server /federation/viewer /federation/operator /federation/tokens \
+    && chown -R seqfed:seqfed /data /state /federation
 ENV PATH=/opt/seqfed/bin:$PATH \
     PYTHONUNBUFFERED=1
 USER seqfed
@@ -55,9 +56,10 @@ USER seqfed
 # --- the image itself: last, and so what `docker build` without --target makes ---------------------
 FROM base AS runtime
 EXPOSE 7733
-# Asks the server in this container over loopback. A container that runs a client turns it off.
+# Asks the server in this container over loopback; with TLS it needs SEQFED_CREDENTIALS, a viewer's. A container that runs
+# a client turns it off.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=30s --retries=3 \
     CMD ["seqfed", "health", "--server", "127.0.0.1:7733"]
 ENTRYPOINT ["seqfed"]
-# Beyond loopback the server speaks plaintext only when told to: add --insecure on a private network.
+# Beyond loopback the server wants certificates (seqfed ca --help); docker-compose.yml shows how they are made.
 CMD ["--help"]

@@ -363,16 +363,11 @@ def replay(
         updates = dict(zip(bases, workers.map(trained, works), strict=True))
         total, weights = np.zeros(len(models[0]), np.int64), 0
         for client, (delta, examples) in updates.items():
-            weight = weight_of(spec, examples, record.stale.get(client, 0))
-            total += np.rint(delta.astype(np.float64) * (weight * 2.0**30)).astype(np.int64)
-            weights += weight
+            share = examples * (1 + record.stale.get(client, 0)) ** -spec.cohort.staleness * 2.0**30
+            total += np.rint(delta.astype(np.float64) * share).astype(np.int64)
+            weights += examples
         models.append((models[-1] + total / (weights * 2.0**30)).astype(np.float32))
     return models[-1]
-
-
-def weight_of(spec: RunSpec, examples: int, stale: int) -> int:
-    """What an update counts that is so many rounds old: where old ones count, in 256ths of a fresh one's."""
-    return examples * max(1, round(256 / (1 + stale) ** spec.cohort.staleness)) if spec.folds_late else examples
 
 
 # The whole ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from seqfed.common.errors import (
     Overloaded,
     SeqfedError,
     ServerUnavailable,
+    Unauthenticated,
     every_error,
 )
 from seqfed.common.wire import ERROR_DOMAIN
@@ -77,6 +78,39 @@ def test_other_failures_are_typed_too(error: Exception, kind: type[SeqfedError],
     found = raised(error)
     assert type(found) is kind
     assert said in str(found)
+
+
+PREFIX = "failed to connect to all addresses; last error: UNKNOWN: ipv4:192.0.2.1:7733: "
+
+
+@pytest.mark.parametrize(
+    ("details", "kind", "said"),
+    [
+        (PREFIX + "Tls handshake failed: WRONG_VERSION_NUMBER", ServerUnavailable, "speaks plaintext, and not TLS"),
+        (
+            PREFIX + "CERTIFICATE_VERIFY_FAILED: certificate has expired",
+            ServerUnavailable,
+            "has expired; on the server",
+        ),
+        (
+            PREFIX + "CERTIFICATE_VERIFY_FAILED: certificate is not yet valid",
+            ServerUnavailable,
+            "are the clocks right?",
+        ),
+        (PREFIX + "CERTIFICATE_VERIFY_FAILED: unsupported certificate purpose", ServerUnavailable, "do not trust it"),
+        (PREFIX + "CERTIFICATE_VERIFY_FAILED: self signed", ServerUnavailable, "not of this federation's CA"),
+        (PREFIX + "Hostname Verification Check failed.", ServerUnavailable, "not for this name"),
+        (PREFIX + "Socket closed", Unauthenticated, "no certificate that it accepts; pass --credentials DIR"),
+        (PREFIX + "recvmsg:Connection reset by peer", Unauthenticated, "no certificate that it accepts"),
+        ("Socket closed", ServerUnavailable, "no server answers"),  # later, a connection breaks for other reasons
+        (PREFIX + "Connection refused", ServerUnavailable, "no server answers"),
+    ],
+)
+def test_what_tls_has_against_a_connection_is_told_in_words(details: str, kind: type[SeqfedError], said: str) -> None:
+    found = raised(failed(grpc.StatusCode.UNAVAILABLE, details))
+    assert type(found) is kind
+    assert said in str(found)
+    assert WHERE in str(found)
 
 
 def test_what_is_no_failed_call_passes() -> None:

@@ -102,6 +102,10 @@ class Fake(federation_pb2_grpc.FederationServicer):
         self._note(request, context)
         return federation_pb2.ReportFailureReply()
 
+    async def Renew(self, request: federation_pb2.RenewRequest, context: Context) -> federation_pb2.Certificate:
+        self._note(request, context)
+        return federation_pb2.Certificate(certificate=b"new", ca=b"theirs")
+
 
 @contextlib.asynccontextmanager
 async def joined(fake: Fake, working: TaskKey | None = None) -> AsyncIterator[tuple[Connection, float]]:
@@ -223,3 +227,10 @@ async def test_what_stops_short_is_a_broken_transfer() -> None:
         with pytest.raises(BrokenTransfer, match="ended at byte"):
             await connection.fetch_model("run", 4, whole)
     assert whole.received == len(DATA)
+
+
+async def test_a_renewal_sends_the_request_alone_and_takes_the_certificate_alone() -> None:
+    fake = Fake()
+    async with joined(fake) as (connection, _):
+        assert await connection.renew(b"csr") == b"new"
+    assert fake.messages[-1] == federation_pb2.RenewRequest(csr=b"csr")

@@ -24,7 +24,7 @@ from seqfed.client.model_file import read_model
 from seqfed.client.network import network_for
 from seqfed.common import checkpoint
 from seqfed.common.config import validate
-from seqfed.common.errors import CheckpointError, ConfigError
+from seqfed.common.errors import CheckpointError, ConfigError, PolicyRefused
 from seqfed.common.layout import Parameters
 from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.spec import RunSpec
@@ -280,7 +280,7 @@ def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, RunSpec
 def test_a_custom_module(of: Format, custom: dict[str, RunSpec], tmp_path: Path) -> None:
     run = custom["make"]
     model, out = saved(run, tmp_path), tmp_path / f"model.{'onnx' if of == 'onnx' else 'pt'}"
-    with pytest.raises(ConfigError, match="own_networks:make"):
+    with pytest.raises(PolicyRefused, match="own_networks:make"):
         convert(model, out, of)
     convert(model, out, of, allow_custom=["own_networks:make"])
     network = network_for(run, allow_custom=["own_networks:make"])

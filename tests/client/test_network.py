@@ -20,7 +20,7 @@ from seqfed.client.data import Sequences
 from seqfed.client.network import Network, Recurrent, custom_parameters, device_of, network_for
 from seqfed.client.training import evaluate, train
 from seqfed.common.config import validate
-from seqfed.common.errors import ConfigError, LayoutMismatch, TrainingFailed
+from seqfed.common.errors import ConfigError, LayoutMismatch, PolicyRefused, TrainingFailed
 from seqfed.common.layout import Layout, Parameters
 from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.spec import DataSpec, RunSpec
@@ -368,7 +368,7 @@ def test_a_custom_modules_own_first_numbers_depend_on_the_seed_alone() -> None:
 def test_nothing_is_imported_that_the_client_does_not_allow(mine: Path) -> None:
     run = custom("my_models:model", (("w", (1,)),))
     for allowed in ((), ("my_models:other",), ("my_models",)):
-        with pytest.raises(ConfigError, match="add it to allow_custom in client.toml"):
+        with pytest.raises(PolicyRefused, match="add it to allow_custom in client.toml"):
             network_for(run, allow_custom=allowed)
     assert mine.exists()
     assert "my_models" not in sys.modules

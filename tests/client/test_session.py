@@ -40,6 +40,7 @@ from seqfed.common.errors import (
     InsecureRefused,
     NoModel,
     Overloaded,
+    PolicyRefused,
     RunEnded,
     SeqfedError,
     ServerUnavailable,
@@ -286,6 +287,7 @@ def live(
     away: Callable[[str], bool] = lambda _: False,
     then: Callable[[Session], Awaitable[None]] | None = None,
     seed: int = 1,
+    consent: Callable[[Task], None] | None = None,
 ) -> None:
     """The client's life for so many seconds; `away`: whether nothing answers at an address just now."""
 
@@ -297,7 +299,9 @@ def live(
         yield cast(grpc.aio.Channel, server)
 
     async def main() -> None:
-        client = Session(cast(Workshop, bench), addresses, "0" * 32, False, dial=dial, rng=seeded(seed))
+        client = Session(
+            cast(Workshop, bench), addresses, "0" * 32, False, dial=dial, rng=seeded(seed), consent=consent
+        )
         life = asyncio.ensure_future(client.run())
         if then is not None:
             await then(client)
@@ -447,6 +451,31 @@ def test_what_cannot_be_done_is_told_in_the_servers_own_time(
     server = Server(tasks=[TRAIN], answers=answers)
     live(monkeypatch, server, Bench(error=error), 20)
     assert server.all("failure") == [(TRAIN.key, told)] * 3
+
+
+@pytest.mark.parametrize("task", [TRAIN, EVALUATE])
+def test_a_task_without_consent_touches_neither_the_data_nor_the_model(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Task) -> None:
+        raise PolicyRefused("max_rounds: 10 rounds in this run, and the limit is 5")
+
+    def check(_: Bench, __: Task) -> None:
+        raise AssertionError("the data were read")
+
+    monkeypatch.setattr(Bench, "check", check)
+    server, bench = Server(tasks=[task]), Bench()
+    live(monkeypatch, server, bench, 20, consent=refuse)
+    assert server.all("failure") == [(task.key, PolicyRefused)]
+    assert server.all("fetch") == server.all("update") == server.all("evaluation") == bench.begun == []
+
+
+def test_consent_is_asked_once_for_each_task_that_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[TaskKey] = []
+    server = Server(tasks=[TRAIN, NEXT_EVALUATE], stands=[1.0, 1.0])  # each new connection sends them again
+    live(monkeypatch, server, Bench(seconds=3), 30, consent=lambda task: asked.append(task.key))
+    assert asked[:2] == [TRAIN.key, NEXT_EVALUATE.key]
+    assert asked.count(TRAIN.key) == len([one for one, _ in server.all("update")])
 
 
 # Transfers ----------------------------------------------------------------------------------------------------------------

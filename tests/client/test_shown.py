@@ -167,7 +167,7 @@ def test_tasks_for_people() -> None:
     assert "training, deadline in 10 min" in shown
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
     assert rows[-4:] == [  # who is waited for most first: away, silent, at the beginning
-        ["d", "away; was reading its data", "-", "-", "-", "2.0 h"],
+        ["d", "away; was preparing", "-", "-", "-", "2.0 h"],
         ["b", "sending its update (round 2)", "50%", "-", "-", "40 s"],
         ["c", "asked", "-", "-", "-", "-"],
         ["a", "training", "61%", "2", "0.375", "1 s"],
@@ -232,6 +232,7 @@ def test_clients() -> None:
         "seconds": 12.3,
         "task": "",
         "software": "0.1.0",
+        "revoked": False,
         "features": 4,
         "steps": None,
         "classes": 2,

@@ -15,7 +15,7 @@ from seqfed.client.data import Sequences
 from seqfed.client.network import network_for
 from seqfed.client.work import LocalUpdate, Workshop
 from seqfed.common.config import validate
-from seqfed.common.errors import LayoutMismatch, SchemaMismatch
+from seqfed.common.errors import LayoutMismatch, PolicyRefused, SchemaMismatch
 from seqfed.common.layout import Flat
 from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.seeds import generator
@@ -116,6 +116,13 @@ def test_the_data_are_cut_once_for_all_runs_that_want_the_same() -> None:
 def test_a_task_for_other_data_is_refused() -> None:
     with pytest.raises(SchemaMismatch, match="client 'ward' has 3 features a step, the run wants 5"):
         workshop().check(task(data={"features": 5, "classes": 2}))
+
+
+def test_code_that_is_not_allowed_is_refused_before_the_data_are_read() -> None:
+    source = Ready(sequences(20), sequences(7))
+    with pytest.raises(PolicyRefused, match="custom: the run's model.custom is 'ours:net', which this client does not"):
+        Workshop("ward", source).check(task(model={"custom": "ours:net", "tensors": (("w", (1,)),)}))
+    assert source.asked == []
 
 
 @pytest.mark.parametrize("change", [{"layout_digest": b"other"}, {"nbytes": 4}])

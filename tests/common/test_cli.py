@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"torch", "grpc", "pydantic", "numpy", "sqlalchemy", "safetensors"}
+HEAVY = {"torch", "grpc", "pydantic", "numpy", "sqlalchemy", "safetensors", "cryptography"}
 
 
 def seqfed(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -31,17 +31,31 @@ def test_help_loads_nothing_heavy() -> None:
     assert loaded & HEAVY == set()
 
 
-@pytest.mark.parametrize("module", ["seqfed.client.session", "seqfed.client.data", "seqfed.client.work"])
-def test_an_idle_client_does_not_load_torch(module: str) -> None:
-    assert "torch" not in modules(f"import {module}")
+@pytest.mark.parametrize(
+    "module", ["seqfed.client.session", "seqfed.client.data", "seqfed.client.work", "seqfed.client.consent"]
+)
+def test_an_idle_client_loads_neither_torch_nor_without_tls_cryptography(module: str) -> None:
+    assert modules(f"import {module}") & {"torch", "cryptography"} == set()
 
 
 def test_help_lists_every_registered_command() -> None:
     done = seqfed("--help")
     assert done.returncode == 0
     listed = [line.split()[0] for line in done.stdout.partition("Commands:")[2].splitlines() if line.strip()]
-    assert {point.name for point in importlib.metadata.entry_points(group="seqfed.commands")} <= set(listed)
+    registered = {point.name for point in importlib.metadata.entry_points(group="seqfed.commands")}
+    assert {name for name in registered if "." not in name} <= set(listed)
     assert listed[0] == "demo"
+    assert not any("." in name for name in listed)
+
+
+def test_a_command_may_have_others_below_it_and_stays_what_it_is() -> None:
+    above, below = seqfed("client", "--help"), seqfed("client", "enroll", "--help")
+    assert " client [OPTIONS] [config]\n" in above.stdout
+    assert "--validation" in above.stdout
+    assert "Commands:\n  enroll " in above.stdout
+    assert " client enroll [OPTIONS]\n" in below.stdout
+    assert "--token-file" in below.stdout
+    assert "Missing option '--token-file'" in seqfed("client", "enroll").stderr
 
 
 def test_version() -> None:

@@ -45,6 +45,13 @@ def test_text_says_what_it_is_about_in_front() -> None:
     ]
 
 
+def test_a_message_stays_on_its_line() -> None:
+    logger, out = logged(TextLines())
+    logger.warning("%s", "no\r\n2026-01-01 00:00:00,000 INFO forged\x1b[2J\u2028\u202e\x85 ü")
+    (line,) = out.getvalue().splitlines()
+    assert line.endswith(r"no\r\n2026-01-01 00:00:00,000 INFO forged\x1b[2J\u2028\u202e\x85 ü")
+
+
 def test_json_says_it_in_fields() -> None:
     logger, out = logged(JsonLines())
     about(logger, run="1f2e", round=3, client="a").info("trained on %d", 7)

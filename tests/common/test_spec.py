@@ -36,7 +36,7 @@ def test_canonical_json_is_what_peers_and_stored_runs_have() -> None:
         b'"cohort":{"min_clients":2,"fraction":null,"count":null,"over_select":1.0,"quorum":null,"deadline_s":3600.0,'
         b'"adaptive":null,"grace_s":null,"silence_s":60.0,"late":"drop","staleness":0.5,"max_staleness":10,"max_attempts":3},'
         b'"asynchronous":null,'
-        b'"aggregation":{"weighting":"examples"},'
+        b'"aggregation":{"weighting":"examples","max_weight":null,"max_norm":null,"over_norm":"clip"},'
         b'"evaluation":{"every":1},'
         b'"convergence":null}'
     )
@@ -117,3 +117,33 @@ def test_a_counted_cohort_has_that_size() -> None:
     cohort = CohortSpec(count=5, quorum=4)
     assert (cohort.required, cohort.size(9), cohort.needed(5)) == (5, 5, 4)
     assert CohortSpec().needed(7) == 7
+
+
+@pytest.mark.parametrize(
+    ("tables", "fewest"),
+    [
+        ({}, 2),
+        ({"cohort": {"min_clients": 5}}, 5),
+        ({"cohort": {"min_clients": 5, "quorum": 3}}, 3),
+        ({"cohort": {"min_clients": 5, "count": 2}}, 2),
+        ({"cohort": {"min_clients": 5, "fraction": 0.01, "over_select": 2.0}}, 5),
+        ({"cohort": {"min_clients": 5}, "asynchronous": {"buffer": 4}}, 4),
+        ({"cohort": {"min_clients": 5, "quorum": 3}, "asynchronous": {"buffer": 4}}, 3),
+    ],
+)
+def test_how_few_clients_can_be_behind_a_model(tables: dict[str, Any], fewest: int) -> None:
+    assert validate(RunSpec, {"data": DATA, **tables}, "test").smallest_sum == fewest
+
+
+@pytest.mark.parametrize(
+    ("table", "why"),
+    [
+        ({"over_norm": "refuse"}, "needs aggregation.max_norm"),
+        ({"max_norm": 0.0}, "max_norm"),
+        ({"max_norm": float("inf")}, "max_norm"),
+        ({"weighting": "uniform", "max_weight": 5}, "with 'uniform' each counts as one"),
+    ],
+)
+def test_bounds_of_an_update_that_make_no_sense(table: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        validate(RunSpec, {"data": DATA, "aggregation": table}, "test")

@@ -10,7 +10,7 @@ from seqfed.common import views, wire
 from seqfed.common.errors import ConfigError, InvalidName, VersionMismatch
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import CohortSpec, ConvergenceSpec, DataSpec, EvaluationSpec, ModelSpec, RunSpec, TrainingSpec
-from seqfed.v1 import federation_pb2
+from seqfed.v1 import admin_pb2, federation_pb2
 
 u32, u64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
 texts = st.text(max_size=8)
@@ -44,7 +44,8 @@ specs = st.builds(
 )
 keys = st.builds(views.TaskKey, texts, u32, u32)
 versions = st.builds(views.ModelVersion, u32, u64, st.binary(max_size=32), st.binary(max_size=32))
-tasks = st.builds(views.Task, st.sampled_from(views.TaskKind), keys, specs, versions)
+signatures = st.binary(max_size=72)
+tasks = st.builds(views.Task, st.sampled_from(views.TaskKind), keys, specs, versions, signatures, signatures)
 headers = st.builds(
     views.UpdateHeader, keys, u64, st.binary(max_size=32), u64, st.binary(max_size=32), u64, tallies, seconds
 )
@@ -71,7 +72,7 @@ runs = st.builds(
     ended=st.booleans(),
     metrics=metrics,
 )
-clients = st.builds(views.ClientView, texts, st.booleans(), seconds, texts, schemas, texts)
+clients = st.builds(views.ClientView, texts, st.booleans(), seconds, texts, st.none() | schemas, texts, st.booleans())
 
 several = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
@@ -146,3 +147,19 @@ def test_client_names_that_are(name: str) -> None:
 def test_client_names_that_are_not(name: str) -> None:
     with pytest.raises(InvalidName, match=r"use 1 to 64 of A-Z a-z 0-9 \. _ - and no dot in front"):
         wire.check_client_name(name)
+
+
+def test_an_entry_of_the_audit_log_there_and_back() -> None:
+    entry = views.AuditEntry(7, 1.25, "refused", '{"who":"a"}', bytes(range(32)))
+    assert wire.entry_from_wire(wire.entry_to_wire(entry)) == entry
+    assert wire.entry_from_wire(admin_pb2.AuditEntry(body=b"\xff")).body == "\ufffd"
+
+
+@pytest.mark.parametrize("text", ["a\nb", "\x00", "\x1b[2J", "\u2028", "\u202e", "\ud800", "\x7f", "\x9b"])
+def test_words_of_a_peer_are_made_clean_or_refused(text: str) -> None:
+    assert wire.clean(text, 10).isprintable()
+    assert len(wire.clean(text * 1000, 10)) <= 60
+    for content in (text, [text], {"a": {text: 1}}, {"a": ({"b": text},)}):
+        with pytest.raises(InvalidName, match="cannot be printed"):
+            wire.require_clean(content, "it")
+    wire.require_clean({"a": ["ü", 1, None, 0.5]}, "it")

@@ -49,7 +49,7 @@ def undisturbed(spec: RunSpec, clients: Iterable[str]) -> Flat:
 
 
 def replayed(spec: RunSpec, records: Iterable[RoundRecord]) -> Flat:
-    """The model after these rounds, in numpy's integers; an update s rounds old weighs (1 + s)^-a, in 256ths."""
+    """The model after these rounds, in numpy's integers; an update s rounds old is scaled by (1 + s)^-a."""
     models = [initial_parameters(spec).flat]
     for record in records:
         total, weights = np.zeros(len(models[0]), np.int64), 0
@@ -57,9 +57,8 @@ def replayed(spec: RunSpec, records: Iterable[RoundRecord]) -> Flat:
             age = record.stale.get(client, 0)
             base = record.round - age
             delta = delta_of(client, base, models[base - 1]).astype(np.float64)
-            weight = EXAMPLES * (max(1, round(256 * (1 + age) ** -spec.cohort.staleness)) if spec.folds_late else 1)
-            total += np.rint(delta * (weight * 2.0**30)).astype(np.int64)
-            weights += weight
+            total += np.rint(delta * (EXAMPLES * (1 + age) ** -spec.cohort.staleness * 2.0**30)).astype(np.int64)
+            weights += EXAMPLES
         models.append((models[-1] + total / (weights * 2.0**30)).astype(np.float32))
     return models[-1]
 

@@ -1,10 +1,11 @@
-"""docker-compose.yml trains a federation from nothing to its end, in containers."""
+"""docker-compose.yml trains a federation from nothing to its end, in containers; its scripts also without."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_AND_TRAIN = 1500  # seconds; most of it is the image's first build
-
-pytestmark = [pytest.mark.compose, pytest.mark.timeout(BUILD_AND_TRAIN + 120)]
 
 
 def compose_command() -> list[str] | None:
@@ -42,6 +41,8 @@ def compose() -> Iterator[list[str]]:
     subprocess.run([*command, "down", "--volumes", "--remove-orphans", "--rmi", "local"], cwd=ROOT)
 
 
+@pytest.mark.compose
+@pytest.mark.timeout(BUILD_AND_TRAIN + 120)
 def test_compose_trains_to_the_end(compose: list[str]) -> None:
     up = ["up", "--build", "--abort-on-container-exit", "--exit-code-from", "submit", "submit"]
     done = subprocess.run(
@@ -57,3 +58,28 @@ def test_compose_trains_to_the_end(compose: list[str]) -> None:
     assert done.returncode == 0, f"{done.stdout[-5000:]}\n--- logs ---\n{logs.stdout[-20000:]}"
     for site in ("site-00", "site-01", "site-02"):
         assert f"holding {site}" in logs.stdout, f"no replica held {site}:\n{logs.stdout[-20000:]}"
+    assert "for holders of a certificate" in logs.stdout  # it was TLS all the way
+
+
+def test_what_the_containers_share_is_made_once(tmp_path: Path) -> None:
+    for site in ("site-00", "site-01"):
+        (tmp_path / "data" / site).mkdir(parents=True)
+    (tmp_path / "federation" / "tokens").mkdir(parents=True)
+    here = {"DATA": str(tmp_path / "data"), "FEDERATION": str(tmp_path / "federation")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def made() -> dict[str, bytes]:
+        script = ROOT / "examples" / "compose" / "certificates.sh"
+        subprocess.run(["sh", str(script)], env={**os.environ, **here, "PATH": path}, check=True, timeout=100)
+        files = (tmp_path / "federation").rglob("*")
+        return {str(one.relative_to(tmp_path / "federation")): one.read_bytes() for one in files if one.is_file()}
+
+    first = made()
+    assert {"ca/ca.key", "server/cert.pem", "viewer/cert.pem", "operator/cert.pem"} < first.keys()
+    assert {"tokens/site-00.token", "tokens/site-01.token"} < first.keys()
+    assert made() == first
+    (tmp_path / "federation" / "server" / "cert.pem").unlink()  # as one that was stopped before its end
+    again = made()
+    assert again.pop("server/cert.pem") != first.pop("server/cert.pem")
+    assert again.pop("server/key.pem") != first.pop("server/key.pem")
+    assert again == first

@@ -210,8 +210,11 @@ async def test_what_a_killed_daemon_left_half_written_is_cleared_up(tmp_path: Pa
 
 
 def weighted(model: Flat, *updates: tuple[int, int, Flat]) -> Flat:
-    """FedAvg's new model from (weight, rounds late, delta), each weight times 256 and (1 + rounds)^-1/2, in integers."""
-    return averaged(model, *((weight * round(256 * (1 + age) ** -0.5), delta) for weight, age, delta in updates))
+    """FedBuff's new model from (weight, rounds late, delta): each delta times (1 + rounds)^-1/2, in numpy's own integers."""
+    total = np.zeros(len(model), np.int64)
+    for weight, age, delta in updates:
+        total += np.rint(delta.astype(np.float64) * (weight * (1 + age) ** -0.5 * 2.0**30)).astype(np.int64)
+    return (model + total / (sum(weight for weight, _, _ in updates) * 2.0**30)).astype(np.float32)
 
 
 async def test_a_late_update_counts_in_the_next_round_weighing_less(bench: Bench) -> None:
@@ -275,7 +278,7 @@ async def test_an_update_that_nobody_wants_any_more_leaves_nothing_behind(bench:
     ask = bench.coordinator.ask
     held, free = asyncio.Event(), asyncio.Event()
 
-    async def slowly(live: Live, event: Any, update: Any = None) -> None:
+    async def slowly(live: Live, event: Any, update: Any = None, by: str = "") -> None:
         if getattr(event, "client", "") == "c":
             held.set()
             await free.wait()

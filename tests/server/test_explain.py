@@ -57,7 +57,7 @@ def test_who_is_waited_for_what_each_is_at_and_how_long_yet() -> None:
 @pytest.mark.parametrize(
     ("progress", "words"),
     [
-        (Progress(Stage.READING), "b reading its data"),
+        (Progress(Stage.READING), "b preparing"),
         (Progress(Stage.FETCHING, 1, 3), "b fetching 33 %"),
         (Progress(Stage.SENDING), "b sending"),
         (Progress(Stage.EVALUATING, 3, 3), "b evaluating 100 %"),

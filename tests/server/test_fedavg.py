@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -13,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqfed.common.errors import EmptyRound, LayoutMismatch, NonFiniteUpdate, UpdateOutOfRange
+from seqfed.common.fixedpoint import PIECE
 from seqfed.common.layout import Flat
-from seqfed.server.fedavg import MAX_WEIGHT, check, empty, finish, fold, peak
+from seqfed.server.fedavg import MAX_WEIGHT, Norm, check, empty, finish, fold, norm, peak, shrink
 
 SCALE = 1 << 30
 INT64_END = 1 << 63
@@ -239,3 +241,85 @@ def test_a_whole_cohort_of_the_largest_updates_is_summed_exactly(cohort: int, me
             fold(total, weight, [np.array([highest, -highest])])
             exact += fixed(float(highest), weight)
     assert total.total.tolist() == [exact, -exact]
+
+
+# How long an update may be ---------------------------------------------------------------------------------------------
+
+
+def length(numbers: Flat) -> float:
+    """The L2 norm in Python's fractions, rounded once at the end."""
+    return math.sqrt(sum(Fraction(number) ** 2 for number in numbers.tolist()))
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=30), st.data())
+def test_a_norm_is_that_of_the_oracle_however_the_vector_is_cut(numbers: list[float], data: st.DataObject) -> None:
+    vector = flat(*numbers)
+    places = data.draw(st.lists(st.integers(0, 100), max_size=5))
+    found = norm(cut(vector, places))
+    assert found == norm([vector])
+    assert found == pytest.approx(length(vector), rel=1e-14)
+
+
+@pytest.mark.parametrize("size", [1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 5])
+def test_the_cuts_of_a_long_vector_change_no_bit_of_its_norm(size: int) -> None:
+    vector = np.random.default_rng(size).normal(0, 1, size).astype(np.float32)
+    whole = norm([vector])
+    assert whole == pytest.approx(math.sqrt(math.fsum(float(one) ** 2 for one in vector)), rel=1e-12)
+    for step in (1, 1000, PIECE, PIECE + 1, size):
+        if size // step <= PIECE:
+            assert norm(vector[start : start + step] for start in range(0, size, step)) == whole
+
+
+def test_a_norm_may_be_read_before_its_end() -> None:
+    found = Norm()
+    assert found.value == 0.0
+    for numbers, value in ((flat(3), 3.0), (flat(4), 5.0), (flat(), 5.0), (flat(12), 13.0)):
+        found.add(numbers)
+        assert found.value == value
+
+
+def test_the_longest_vector_has_a_norm() -> None:
+    assert norm([np.full(4, np.finfo(np.float32).max)]) == 2 * float(np.finfo(np.float32).max)
+
+
+@given(st.floats(0, 1e40), st.floats(1e-30, 1e30))
+def test_nothing_is_longer_than_the_bound_once_it_is_scaled(long: float, bound: float) -> None:
+    scale = shrink(long, bound)
+    assert 0 < scale <= 1.0
+    assert long * scale <= bound * (1 + 1e-15)
+    assert (scale == 1.0) == (long <= bound) or long == pytest.approx(bound, rel=1e-15)
+
+
+def test_a_bound_by_hand() -> None:
+    total = empty(2)
+    fold(total, 3, [flat(0.25, 0.5)])  # short enough
+    fold(total, 1, [flat(3, -4)], shrink(norm([flat(3, -4)]), 2.5))  # 5 long: half of it counts
+    assert np.concatenate(list(finish(total, [flat(0, 0)]))).tolist() == [(0.75 + 1.5) / 4, (1.5 - 2) / 4]
+
+
+@given(rounds(), st.floats(2.0**-10, 1000))
+def test_bounded_updates_are_the_same_in_any_order_and_near_the_oracles(
+    given_round: tuple[Flat, list[tuple[int, Flat]]], bound: float
+) -> None:
+    model, updates = given_round
+    results = set()
+    for order in (updates, updates[::-1]):
+        total = empty(len(model))
+        for weight, delta in order:
+            fold(total, weight, [delta], shrink(norm([delta]), bound))
+        results.add(np.concatenate(list(finish(total, [model]))).tobytes())
+    (result,) = results
+    exact = [min(1.0, bound / (length(delta) or 1.0)) for _, delta in updates]
+    whole = sum(weight for weight, _ in updates)
+    for place, fresh in enumerate(np.frombuffer(result, np.float32).tolist()):
+        change = sum(w * s * d.tolist()[place] for (w, d), s in zip(updates, exact, strict=True)) / whole
+        assert fresh == pytest.approx(model.tolist()[place] + change, rel=1e-6, abs=1e-8 + len(updates) / SCALE)
+
+
+@given(rounds())
+def test_a_bound_that_nobody_reaches_changes_no_bit(given_round: tuple[Flat, list[tuple[int, Flat]]]) -> None:
+    model, updates = given_round
+    total = empty(len(model))
+    for weight, delta in updates:
+        fold(total, weight, [delta], shrink(norm([delta]), 1e30))
+    assert np.concatenate(list(finish(total, [model]))).tobytes() == new_model(model, updates).tobytes()

@@ -17,6 +17,7 @@ from seqfed.common.errors import (
     ChecksumMismatch,
     LayoutMismatch,
     NonFiniteUpdate,
+    RateLimited,
     SeqfedError,
     StorageError,
     TooLarge,
@@ -24,9 +25,11 @@ from seqfed.common.errors import (
 )
 from seqfed.common.layout import Layout
 from seqfed.common.metrics import names
+from seqfed.common.spec import AggregationSpec
 from seqfed.common.transfer import CHUNK_BYTES
 from seqfed.common.views import TaskKey, UpdateHeader
-from seqfed.server.intake import Intake, check_header, check_tally, receive_file
+from seqfed.server import fedavg
+from seqfed.server.intake import UNBOUNDED, Intake, Patience, check_header, check_tally, receive_file
 
 LAYOUT = Layout((("w", (300_000,)),))  # three chunks, the last one shorter
 DATA = some_delta(LAYOUT.size, 1).tobytes()
@@ -52,10 +55,15 @@ class Desk:
         return self.folder / f"{client}.f32"
 
     async def take(
-        self, one: UpdateHeader, parts: AsyncIterator[tuple[int, bytes]], client: str = "a", cohort: int = 2
+        self,
+        one: UpdateHeader,
+        parts: AsyncIterator[tuple[int, bytes]],
+        client: str = "a",
+        cohort: int = 2,
+        rule: AggregationSpec = UNBOUNDED,
     ) -> None:
         await self.intake.receive(
-            client, one, LAYOUT, one.weight, cohort, self.final(client), parts, self.metered.append
+            client, one, LAYOUT, one.weight, cohort, self.final(client), parts, self.metered.append, rule
         )
 
     def received(self, data: bytes = DATA, client: str = "a") -> int:
@@ -67,7 +75,7 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
-    made = Desk(tmp_path / "updates", Intake(8, 100, 60.0))
+    made = Desk(tmp_path / "updates", Intake(8, 100, Patience(60.0)))
     yield made
     made.intake.forget(RUN)  # closes what is incomplete
 
@@ -171,6 +179,36 @@ async def test_an_update_that_fits_a_small_cohort_need_not_fit_a_large_one(desk:
     await desk.take(header(data), feed(*chunks(data)), cohort=2)
 
 
+def norm_of(data: bytes) -> float:
+    return fedavg.norm([np.frombuffer(data, "<f4")])
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+async def test_an_update_that_is_too_long_is_refused_and_dropped(desk: Desk, breaks: bool) -> None:
+    bound = norm_of(DATA)
+    long = (np.frombuffer(DATA, "<f4") * np.float32(1.001)).tobytes()
+    rule = AggregationSpec(max_norm=bound, over_norm="refuse")
+    parts = [(at, long[at : at + 100_000]) for at in range(0, len(long), 100_000)]
+    if breaks:
+        with pytest.raises(BrokenTransfer):
+            await desk.take(header(long), feed(*parts[:5]), rule=rule)
+    left = parts[5:] if breaks else parts
+    with pytest.raises(UpdateOutOfRange) as refusal:
+        await desk.take(header(long, left[0][0]), feed(*left), rule=rule)
+    assert f"has the norm {norm_of(long):.6g}; the run takes {bound:.6g} at most" in str(refusal.value)
+    assert (desk.final().exists(), desk.leftovers()) == (False, [])
+    await desk.take(header(), feed(*chunks(DATA)), rule=rule)  # just as long as it may be
+    assert desk.final().read_bytes() == DATA
+
+
+async def test_where_long_updates_are_scaled_down_they_are_taken_whole(desk: Desk) -> None:
+    data = spoiled(2.0**40, 5)  # by itself too large for the sum
+    with pytest.raises(UpdateOutOfRange):
+        await desk.take(header(data), feed(*chunks(data)))
+    await desk.take(header(data), feed(*chunks(data)), rule=AggregationSpec(max_norm=1.0))
+    assert desk.final().read_bytes() == data
+
+
 @pytest.mark.parametrize("weight", [2, 1 << 40])
 async def test_the_last_calls_weight_is_the_one_that_is_checked(desk: Desk, weight: int) -> None:
     data, parts = spoiled(2.0**31, 5), chunks(spoiled(2.0**31, 5))
@@ -263,8 +301,55 @@ async def test_forgetting_a_run_ends_its_uploads(desk: Desk) -> None:
     assert not desk.final().exists()
 
 
+async def test_a_billion_chunks_of_one_byte_are_no_upload(desk: Desk) -> None:
+    for size in (1, 4, 4092):
+        with pytest.raises(BrokenTransfer, match="all but the last have 4,096 at least"):
+            await desk.take(header(), feed((0, DATA[:size])))
+    await desk.take(header(), feed(*((offset, DATA[offset : offset + 4096]) for offset in range(0, len(DATA), 4096))))
+    assert desk.final().read_bytes() == DATA  # whose last chunk is shorter
+    assert len(DATA) % 4096
+
+
+async def test_an_upload_that_trickles_makes_room_and_can_go_on(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, Intake(1, 100, Patience(0.02, 1 << 30)))
+
+    async def trickle() -> AsyncIterator[tuple[int, bytes]]:
+        for offset in range(0, len(DATA), 4096):
+            await asyncio.sleep(0.001)  # never as long as a stall
+            yield offset, DATA[offset : offset + 4096]
+
+    with pytest.raises(
+        BrokenTransfer, match=r"bytes came in .* less than 1,073,741,824 a second \(upload_bytes_per_s\)"
+    ):
+        await desk.take(header(), trickle())
+    there = desk.intake.received("a", RUN, header().digest)
+    assert 0 < there < len(DATA)
+    await desk.take(header(offset=there), feed(*chunks(DATA, there)))
+    assert desk.final().read_bytes() == DATA
+
+
+async def test_one_client_cannot_take_all_places(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, Intake(8, 100, Patience(60.0), 2))
+    gate = asyncio.Event()
+
+    async def parts() -> AsyncIterator[tuple[int, bytes]]:
+        await gate.wait()
+        for part in chunks(DATA):
+            yield part
+
+    uploads = [asyncio.create_task(desk.take(header(), parts())) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(RateLimited, match=r"client 'a' has 2 uploads under way, the limit \(uploads_per_client\)"):
+        await desk.take(header(), parts())
+    gate.set()
+    await desk.take(header(), feed(*chunks(DATA)), "b")
+    for one in uploads:
+        await one
+    await desk.take(header(), feed(*chunks(DATA)))  # there is room again
+
+
 async def test_uploads_in_flight_are_bounded(desk: Desk) -> None:
-    desk.intake = Intake(2, 100, 60.0)
+    desk.intake = Intake(2, 100, Patience(60.0))
     gates = {name: asyncio.Event() for name in "abcd"}
     begun: list[str] = []
 
@@ -286,7 +371,7 @@ async def test_uploads_in_flight_are_bounded(desk: Desk) -> None:
 
 
 async def test_a_stalled_upload_makes_room_and_can_go_on(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, Intake(1, 100, 0.05))
+    desk = Desk(tmp_path, Intake(1, 100, Patience(0.05)))
 
     async def stalling() -> AsyncIterator[tuple[int, bytes]]:
         yield chunks(DATA)[0]
@@ -339,7 +424,7 @@ async def test_a_disk_that_cannot_be_written_is_a_storage_error(desk: Desk) -> N
 
 async def test_a_file_is_received_whole_or_refused(tmp_path: Path) -> None:
     path, digest = tmp_path / "file", blake3(DATA).digest()
-    await receive_file(path, len(DATA), digest, feed(*chunks(DATA)))
+    await receive_file(path, len(DATA), digest, feed(*chunks(DATA)), Patience(60.0))
     assert path.read_bytes() == DATA
     for kind, total, announced, parts in (
         (BrokenTransfer, len(DATA), digest, chunks(DATA)[:2]),
@@ -349,4 +434,4 @@ async def test_a_file_is_received_whole_or_refused(tmp_path: Path) -> None:
         (BrokenTransfer, len(DATA), b"", chunks(DATA)),
     ):
         with pytest.raises(kind):
-            await receive_file(path, total, announced, feed(*parts))
+            await receive_file(path, total, announced, feed(*parts), Patience(60.0))

@@ -12,6 +12,7 @@ from seqfed.common.config import validate
 from seqfed.common.errors import ConfigError, IllegalTransition, WrongRound
 from seqfed.common.spec import RunSpec
 from seqfed.server.round import (
+    MOST_WORDS,
     Ask,
     ClientsChanged,
     CloseRound,
@@ -414,3 +415,103 @@ def test_policies_that_contradict_each_other_are_refused_with_the_remedy(tables:
     with pytest.raises(ConfigError) as caught:
         validate(RunSpec, {"data": {"features": 2, "classes": 2}, **tables}, "run.toml")
     assert told in str(caught.value)
+
+
+# Who declines -----------------------------------------------------------------------------------------------------------
+
+
+def declines(client: str, number: int = 1, why: str = "PolicyRefused: max_rounds") -> TaskFailed:
+    return TaskFailed(number, client, why, lasting=True)
+
+
+def test_who_declines_is_not_asked_again_in_this_run() -> None:
+    spec = make_spec(rounds=3, evaluation__every=1)
+    run, effects = on(spec, training(spec, *"abc"), declines("b"))
+    assert (run.phase, run.attempt, run.cohort, run.target) == (Phase.TRAINING, 2, ("a", "c"), 2)
+    assert Ask(("a", "c")) in effects
+    assert run.given_up == 0  # refusals do not use up the attempts
+    run = committed(spec, run, "a", "c")
+    assert (run.phase, run.cohort) == (Phase.EVALUATING, ("a", "c"))
+    run, _ = follow(spec, run, *(EvaluationArrived(1, name, (("examples", 1),)) for name in "ac"))
+    assert (run.round, run.cohort) == (2, ("a", "c"))
+
+
+def test_who_connects_anew_or_is_resumed_is_asked_again() -> None:
+    spec = make_spec(rounds=3)
+    run, _ = on(spec, training(spec, *"abc"), declines("b"))
+    run, _ = on(spec, run, here("b"))
+    assert not run.declined
+    run, _ = on(spec, committed(spec, run, "a", "c"), declines("c", 2))
+    assert run.cohort == ("a", "b")
+    run, _ = follow(spec, run, PauseRequested(), ResumeRequested(), Turn())
+    assert run.cohort == ("a", "b", "c")
+
+
+def test_too_few_others_pause_the_run_with_the_rule_in_its_reason() -> None:
+    spec = make_spec(rounds=3)
+    run, _ = on(spec, training(spec, *"abc"), declines("b"))
+    run, effects = on(spec, run, declines("a", why="PolicyRefused: operators: no"))
+    assert run.phase is Phase.PAUSED
+    assert run.reason == (
+        "round 1: b declines: PolicyRefused: max_rounds; a declines: PolicyRefused: operators: no; "
+        "`seqfed resume` asks them again"
+    )
+    assert effects == (Dismiss((("c", 1),)), Suspend())
+
+
+def test_a_run_that_lacks_clients_in_any_case_goes_on_waiting() -> None:
+    spec = make_spec(rounds=3)
+    run, _ = follow(spec, training(spec, "a", "b"), gone("a"), declines("b"))
+    assert (run.phase, run.declined) == (Phase.GATHERING, (("b", "PolicyRefused: max_rounds"),))
+    run, _ = on(spec, run, here("a", "c"))
+    assert (run.phase, run.cohort) == (Phase.TRAINING, ("a", "c"))
+
+
+def test_where_the_quorum_is_there_without_it_the_round_goes_on() -> None:
+    spec = make_spec(rounds=2, cohort={"min_clients": 3, "quorum": 2})
+    run, _ = on(spec, training(spec, *"abc"), declines("b"))
+    assert (run.phase, run.attempt) == (Phase.TRAINING, 1)
+    run = committed(spec, run, "a", "c")
+    assert (run.round, run.cohort, run.target) == (2, ("a", "c"), 2)
+
+
+def test_a_refusal_beside_a_failure_uses_up_an_attempt() -> None:
+    spec = make_spec(rounds=2, cohort={"min_clients": 2, "count": 3, "max_attempts": 2})
+    run, _ = follow(spec, training(spec, *"abcdef"))
+    first, second, _ = run.cohort
+    run, _ = on(spec, run, TaskFailed(1, first, "DataError: no"))
+    assert run.given_up == 1
+    run, _ = on(spec, run, declines(run.cohort[0]))
+    assert run.given_up == 1
+    assert second or run.reason.startswith("round 1, attempt 2 of 2")
+
+
+def test_who_declines_an_evaluation_or_a_late_update_is_left_out_too() -> None:
+    spec = make_spec(rounds=3, evaluation__every=1)
+    run = committed(spec, training(spec, *"abc"), *"abc")
+    run, _ = follow(spec, run, declines("b"), *(EvaluationArrived(1, name, (("examples", 1),)) for name in "ac"))
+    assert (run.round, run.cohort) == (2, ("a", "c"))
+    spec = make_spec(rounds=3, cohort={"min_clients": 2, "quorum": 2, "late": "fold"})
+    run, _ = follow(spec, training(spec, *"abc"), UpdateArrived(1, "a"), UpdateArrived(1, "b"))
+    run, _ = follow(spec, run, DeadlinePassed(1, 1, Phase.TRAINING), ModelCommitted(1))
+    assert run.owing == (("c", 1),)
+    run, _ = on(spec, run, declines("c"))
+    assert (run.owing, [name for name, _ in run.declined]) == ((), ["c"])
+
+
+def test_an_asynchronous_run_goes_on_with_the_others_and_pauses_without() -> None:
+    spec = make_spec(rounds=3, cohort__min_clients=3, asynchronous={"buffer": 3, "concurrency": 3})
+    run, _ = on(spec, training(spec, *"abcd"), declines("a"))
+    assert sorted(set(run.cohort) - {"a"}) == ["b", "c", "d"] or run.phase is Phase.TRAINING
+    for name in [*run.awaited][:1]:
+        run, _ = on(spec, run, declines(name))
+    while run.phase is Phase.TRAINING and run.awaited:
+        run, _ = on(spec, run, UpdateArrived(1, run.awaited[0]))
+    assert run.phase is Phase.PAUSED
+    assert "declines: PolicyRefused" in run.reason
+
+
+def test_a_long_refusal_is_cut_before_it_is_kept() -> None:
+    spec = make_spec(rounds=3)
+    run, _ = on(spec, training(spec, *"abc"), declines("b", why="x" * 2000))
+    assert len(run.declined[0][1]) == MOST_WORDS

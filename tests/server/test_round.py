@@ -726,6 +726,7 @@ class Model:
         self.closed: list[int] = []
         self.ended = False
         self.restarting = False  # it asks those again that had failed
+        self.declines = False  # somebody has declined the run
 
     def give(self, event: Event) -> bool:
         """Give the machine this event; False if it refused, having changed nothing."""
@@ -742,6 +743,7 @@ class Model:
         if state.round == before.round and state.phase not in ENDED:
             assert state.attempt >= before.attempt
         self.run = state
+        self.declines |= bool(state.declined)
         match event:
             case UpdateArrived(round=number, client=client) | TaskFailed(round=number, client=client):
                 self.asked.discard((client, number))
@@ -772,6 +774,7 @@ class Model:
                 assert set(clients) <= set(self.run.cohort)
                 assert not set(clients) & set(self.run.folded if self.run.phase is Phase.TRAINING else ())
                 assert not set(clients) & {name for name, _ in self.run.owing}, "asked while it owes"
+                assert not set(clients) & {name for name, _ in self.run.declined}, "asked although it has declined"
                 fresh = self.run.phase is Phase.TRAINING and not set(clients) <= {name for name, _ in self.asked}
                 if self.spec.asynchronous is not None and fresh and not self.restarting:
                     assert len(self.run.awaited) + len(self.run.owing) <= self.spec.asynchronous.concurrency
@@ -783,6 +786,7 @@ class Model:
                 late = [name for name, _ in self.run.late]
                 assert sorted(self.sum) == sorted((*self.run.folded, *late)), "each folded client once"
                 assert len(self.sum) >= max(1, self.spec.cohort.needed(self.run.target))
+                assert len(self.sum) >= self.spec.smallest_sum
                 updates = {*((name, self.run.round) for name in self.run.folded), *self.run.late}
                 assert not updates & self.counted, "an update counted in two rounds"
                 assert all(0 < self.run.round - base <= self.spec.cohort.max_staleness for _, base in self.run.late)
@@ -805,7 +809,7 @@ class Model:
         assert len(set(run.folded)) == len(run.folded)
         if run.phase in {Phase.TRAINING, Phase.COMMITTING}:
             assert set(run.folded) <= set(run.cohort)
-            if not self.spec.folds_late:
+            if not self.spec.folds_late and not self.declines:
                 assert len(run.cohort) >= (self.spec.cohort.count or self.spec.cohort.min_clients)
         owing = [name for name, _ in run.owing]
         assert len(set(owing)) == len(owing)
@@ -887,7 +891,10 @@ def moves(draw: st.DrawFn) -> Any:
     name, shift = draw(st.sampled_from(NAMES)), draw(st.sampled_from((0, 0, 0, 0, 1, -1)))
     return draw(
         st.sampled_from(
-            (*["answer"] * 4, "come", "come", "back", "go", "fail", "late", "silent", "heard", "pause", "crash", "any")
+            (
+                *["answer"] * 4,
+                *("come", "come", "back", "go", "fail", "decline", "late", "silent", "heard", "pause", "crash", "any"),
+            )
         )
     ), (
         name,
@@ -911,18 +918,18 @@ def make_move(model: Model, kind: str, name: str, shift: int, any_event: type) -
         else:
             model.give(answer(run, name, shift))
     else:
-        model.give(
-            {
-                "come": ClientsChanged(arrived=(name,)),
-                "back": ClientsChanged(arrived=(name,), working=tuple(one for one in run.working if one[0] == name)),
-                "go": ClientsChanged(left=(name,)),
-                "silent": Silence(name),
-                "heard": Silence(name, over=True),
-                "pause": PauseRequested() if shift else ResumeRequested(),
-                "fail": TaskFailed(run.round + shift, name, "x"),
-                "late": DeadlinePassed(run.round + shift, run.attempt, run.phase),
-            }[kind]
-        )
+        events: dict[str, Event] = {
+            "come": ClientsChanged(arrived=(name,)),
+            "back": ClientsChanged(arrived=(name,), working=tuple(one for one in run.working if one[0] == name)),
+            "go": ClientsChanged(left=(name,)),
+            "silent": Silence(name),
+            "heard": Silence(name, over=True),
+            "pause": PauseRequested() if shift else ResumeRequested(),
+            "fail": TaskFailed(run.round + shift, name, "x"),
+            "decline": TaskFailed(dict(run.owing).get(name, run.round), name, "x", lasting=True),
+            "late": DeadlinePassed(run.round + shift, run.attempt, run.phase),
+        }
+        model.give(events[kind])
 
 
 def answer(run: Run, name: str, shift: int) -> Event:

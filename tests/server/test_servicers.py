@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -283,6 +285,108 @@ async def test_uniform_weighting_counts_every_update_the_same(daemon: Daemon) ->
     assert (await daemon.end(run.run)).phase == "finished"
     expected = averaged(initial_parameters(spec).flat, *((1, delta) for delta in deltas))
     assert (await model_of(daemon, run.run) == expected).all()
+
+
+async def test_long_updates_count_scaled_down_the_same_in_any_order_and_after_a_restart(tmp_path: Path) -> None:
+    spec = make_spec(cohort__min_clients=3, aggregation={"max_norm": 0.03})
+    factors = {"a": 0.1, "b": 1, "c": 1e6}
+    deltas = {name: some_delta(SIZE, ord(name)) * np.float32(factor) for name, factor in factors.items()}
+    norms = {name: np.sqrt(np.sum(delta.astype(np.float64) ** 2)) for name, delta in deltas.items()}
+    assert norms["a"] < 0.03 < norms["b"]
+    near = np.zeros(SIZE)
+    for name, delta in deltas.items():
+        near += ord(name) * min(1.0, 0.03 / norms[name]) * delta.astype(np.float64)
+    near = initial_parameters(spec).flat + near / sum(map(ord, deltas))
+    models = set()
+    for order, stop in (("abc", None), ("cba", 2), ("bca", 1)):
+        async with contextlib.AsyncExitStack() as stack:
+            daemon = await stack.enter_async_context(a_daemon(tmp_path / order))
+            run = (await daemon.submit(spec)).run
+            sites = {site.name: site for site in await daemon.arrive(*"abc")}
+            for name in order[:stop]:
+                await sites[name].submit(await sites[name].task(), deltas[name], weight=ord(name))
+            if stop is not None:
+                await stack.aclose()
+                daemon = await stack.enter_async_context(a_daemon(tmp_path / order))
+                sites = {site.name: site for site in await daemon.arrive(*"abc")}
+                for name in order[stop:]:
+                    await sites[name].submit(await sites[name].task(), deltas[name], weight=ord(name))
+            assert (await daemon.end(run)).phase == "finished"
+            models.add((await model_of(daemon, run)).tobytes())
+    (model,) = models
+    assert np.frombuffer(model, "<f4") == pytest.approx(near, abs=1e-7)
+
+
+async def test_a_long_update_is_refused_where_the_run_says_so_and_the_round_goes_on(daemon: Daemon) -> None:
+    spec = make_spec(
+        cohort={"min_clients": 3, "quorum": 2}, aggregation={"max_norm": 1.0, "over_norm": "refuse"}, rounds=1
+    )
+    a, b, c = await daemon.arrive(*"abc")
+    run = (await daemon.submit(spec)).run
+    task = await c.task()
+    with pytest.raises(UpdateOutOfRange, match=r"has the norm 1\.\d+e\+08; the run takes 1 at most") as refusal:
+        await c.submit(task, np.full(SIZE, 2e7, np.float32))
+    await c.fail(task, "UpdateOutOfRange", str(refusal.value))
+    deltas = [some_delta(SIZE, 1), some_delta(SIZE, 2)]
+    for site, delta in zip((a, b), deltas, strict=True):
+        await site.submit(await site.task(), delta)
+    assert (await daemon.end(run)).history[0].folded == ("a", "b")
+    expected = averaged(initial_parameters(spec).flat, *((1, delta) for delta in deltas))
+    assert (await model_of(daemon, run) == expected).all()
+
+
+async def test_no_update_counts_for_more_examples_than_the_run_allows(daemon: Daemon) -> None:
+    spec = make_spec(aggregation={"max_weight": 3})
+    deltas = [some_delta(SIZE, 1), some_delta(SIZE, 2)]
+    sites = await daemon.arrive("a", "b")
+    run = (await daemon.submit(spec)).run
+    for site, delta, weight in zip(sites, deltas, (2, 1 << 40), strict=True):
+        await site.submit(await site.task(), delta, weight=weight)
+    assert (await daemon.end(run)).phase == "finished"
+    expected = averaged(initial_parameters(spec).flat, (2, deltas[0]), (3, deltas[1]))
+    assert (await model_of(daemon, run) == expected).all()
+
+
+async def test_a_client_whose_policy_forbids_the_run_is_asked_once_and_its_operator_sees_the_rule(
+    daemon: Daemon,
+) -> None:
+    spec = make_spec(rounds=3, cohort={"min_clients": 2, "count": 2})
+    sites = {site.name: site for site in await daemon.arrive(*"abc")}
+    run = (await daemon.submit(spec)).run
+    refusing = (await daemon.until(run, lambda view: view.phase == "training")).cohort[0]
+    await sites[refusing].fail(await sites[refusing].task(), "PolicyRefused", "max_rounds: 3, and the limit is 2")
+    view = await daemon.until(run, lambda view: view.attempt == 2)
+    assert f"{refusing} declines: PolicyRefused: max_rounds: 3, and the limit is 2" in view.reason
+    for number, attempt in ((1, 2), (2, 1), (3, 1)):
+        for name in sorted({*"abc"} - {refusing}):
+            task = await sites[name].task()
+            while (task.key.round, task.key.attempt) != (number, attempt):  # of the attempt that was given up
+                task = await soon_trains(sites[name])
+            await sites[name].submit(task, some_delta(SIZE, ord(name), number))
+    assert (await daemon.end(run)).phase == "finished"
+    assert sites[refusing].tasks.empty()
+    again = (await daemon.submit(spec)).run  # of another run all are asked anew
+    asked = (await daemon.until(again, lambda view: view.phase == "training")).cohort
+    assert len(asked) == 2
+    assert (await daemon.stop(again)).phase == "stopped"
+
+
+async def test_a_run_that_too_many_decline_pauses_and_leaves_its_turn_to_the_next(daemon: Daemon) -> None:
+    sites = await daemon.arrive("a", "b")
+    run, other = (await daemon.submit(make_spec())).run, (await daemon.submit(make_spec(name="other"))).run
+    await sites[0].fail(await sites[0].task(), "PolicyRefused", "operators: not you")
+    view = await daemon.until(run, lambda view: view.phase == "paused")
+    assert view.reason == ("round 1: a declines: PolicyRefused: operators: not you; `seqfed resume` asks them again")
+    assert (await daemon.until(other, lambda view: view.phase == "training")).cohort == ("a", "b")
+
+
+async def soon_trains(site: Site) -> views.Task:
+    """The site's next training, whatever it is told before."""
+    while True:
+        task = await soon(site.tasks.get())
+        assert task is not None
+        if task.kind is TaskKind.TRAIN:
+            return task
 
 
 def with_bad_number(bad: float) -> bytes:
@@ -765,7 +869,8 @@ async def test_clients_are_listed_with_what_they_do(daemon: Daemon) -> None:
         "b": (True, "test"),
     }
     assert found["a"].task == f"train in round 1 of {run.run}"
-    assert found["a"].schema.model_dump()["examples"] == 10
+    assert found["a"].schema is not None
+    assert found["a"].schema.examples == 10
     await sites[0].submit(task, some_delta(SIZE, 1))
     assert (await daemon.clients())["a"].task == ""
     await sites[1].leave()

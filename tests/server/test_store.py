@@ -31,12 +31,15 @@ from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
 from seqfed.common.views import RoundRecord
+from seqfed.server.audit import AUDIT
 from seqfed.server.database import SCHEMA, database_error
 from seqfed.server.lease import LEASE
 from seqfed.server.round import Phase, Run
 from seqfed.server.store import (
     CLIENTS,
     MODELS,
+    NONCES,
+    REVOKED,
     ROUNDS,
     RUNS,
     UPDATES,
@@ -400,9 +403,9 @@ def columns(engine: sa.Engine) -> dict[str, set[str]]:
     }
 
 
-NAMED = {table.name: set(table.columns.keys()) for table in (RUNS, MODELS, ROUNDS, UPDATES, CLIENTS)} | {
-    "lease": {"number", *LEASE.columns.keys()}
-}
+NAMED = {
+    table.name: set(table.columns.keys()) for table in (RUNS, MODELS, ROUNDS, UPDATES, CLIENTS, NONCES, REVOKED, AUDIT)
+} | {"lease": {"number", *LEASE.columns.keys()}}
 
 
 def test_the_migrations_make_exactly_the_tables_that_the_store_names(store: Store, place: Place) -> None:

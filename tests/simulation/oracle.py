@@ -7,7 +7,6 @@ the records, everything else from the specification.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fractions import Fraction
 
 import numpy as np
 from blake3 import blake3
@@ -56,11 +55,12 @@ class Replay:
             assert before == record.round, (
                 f"{client}'s update of round {base} counts in round {before} and again in {record.round}"
             )
-            weight = self._weight(client, age)
+            weight = self._examples[client] if self._spec.aggregation.weighting == "examples" else 1
+            share = weight * (1 + age) ** -self._spec.cohort.staleness * 2.0**30
             weights += weight
             examples += self._examples[client]
             for place, number in enumerate(delta_of(self._spec, base, client, self.digests[base - 1])):
-                total[place] += round(Fraction(float(number)) * weight * 2**30)
+                total[place] += round(float(number) * share)
         assert record.training["examples"] == examples, record
         old = self.models[-1]
         new = [np.float32(float(was) + float(total[at]) / (weights * 2**30)) for at, was in enumerate(old)]
@@ -72,9 +72,3 @@ class Replay:
     def _oldest(self) -> int:
         late = self._spec.asynchronous is not None or self._spec.cohort.late == "fold"
         return self._spec.cohort.max_staleness if late else 0
-
-    def _weight(self, client: str, age: int) -> int:
-        weight = self._examples[client] if self._spec.aggregation.weighting == "examples" else 1
-        if self._spec.asynchronous is None and self._spec.cohort.late == "drop":
-            return weight
-        return int(weight * max(1, round(256 * (1 + age) ** -self._spec.cohort.staleness)))

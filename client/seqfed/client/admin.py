@@ -15,8 +15,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from seqfed.client.channel import ANSWER_S, connected, raising
 from seqfed.client.settings import each_server
-from seqfed.common import checkpoint, views, wire
+from seqfed.common import checkpoint, identity, signing, views, wire
 from seqfed.common.errors import BrokenTransfer, CheckpointError, ServerUnavailable
+from seqfed.common.identity import Credentials
 from seqfed.common.spec import RunSpec
 from seqfed.common.transfer import CHUNK_BYTES
 from seqfed.v1 import admin_pb2
@@ -29,12 +30,18 @@ CHOICE_S: Final = 5.0  # seconds that one of several servers has to say that it 
 class Operator:
     """The calls to one server at a time. Every method raises the typed error of `channel.raising`.
 
-    `others`: channels to the servers that may take this one's place, with their addresses.
+    `others`: channels to the servers that may take this one's place, with their addresses. `credentials`: the operator's own,
+    with which it signs its runs.
     """
 
     def __init__(
-        self, channel: grpc.aio.Channel, address: str, others: Sequence[tuple[grpc.aio.Channel, str]] = ()
+        self,
+        channel: grpc.aio.Channel,
+        address: str,
+        others: Sequence[tuple[grpc.aio.Channel, str]] = (),
+        credentials: Credentials | None = None,
     ) -> None:
+        self._credentials = credentials
         self._servers = collections.deque([(channel, address), *others])
         self._use()
 
@@ -59,6 +66,9 @@ class Operator:
     async def submit(self, spec: RunSpec, initial: Path | None) -> views.RunView:
         """Queue a run, from its seed or from this safetensors file."""
         header = admin_pb2.SubmitHeader(spec=spec.canonical)
+        if self._credentials is not None:
+            header.signature = signing.sign(spec.canonical, self._credentials.key)
+            header.certificate = self._credentials.certificate
         if initial is not None:
             header.checkpoint_digest, header.checkpoint_bytes = _digest(initial)
 
@@ -126,6 +136,22 @@ class Operator:
             calls = self._stub.ListClients(admin_pb2.ListClientsRequest(), timeout=ANSWER_S)
             return [wire.client_from_wire(message) async for message in calls]
 
+    async def revoke(self, client: str, reason: str) -> views.ClientView:
+        """Make a client's certificates worthless; also operator:NAME and viewer:NAME."""
+        with raising(self._address):
+            request = admin_pb2.RevokeClientRequest(client=client, reason=reason)
+            return wire.client_from_wire(await self._stub.RevokeClient(request, timeout=ANSWER_S))
+
+    async def audit(self, after: int = 0) -> AsyncGenerator[views.AuditEntry, None]:
+        """The audit log after the entry of this number, as the server gives it: whether its chain holds is not looked at."""
+        calls: Any = self._stub.ListAudit(admin_pb2.ListAuditRequest(after=after))
+        try:
+            with raising(self._address):
+                async for message in calls:
+                    yield wire.entry_from_wire(message)
+        finally:
+            calls.cancel()
+
     async def export(self, run: str, out: Path) -> int:
         """Write the run's newest model to `out`, whole or not at all; its size in bytes."""
         size = 0
@@ -145,12 +171,13 @@ class Operator:
 
 
 @contextlib.asynccontextmanager
-async def operating(address: str, insecure: bool) -> AsyncIterator[Operator]:
+async def operating(address: str, insecure: bool, credentials: Path | None = None) -> AsyncIterator[Operator]:
     """An operator of the server at HOST:PORT; at HOST:PORT,HOST:PORT of the first that serves."""
     servers = each_server(address)
     async with contextlib.AsyncExitStack() as stack:
-        lines = [(await stack.enter_async_context(connected(one, insecure)), one) for one in servers]
-        operator = Operator(*lines[0], lines[1:])
+        lines = [(await stack.enter_async_context(connected(one, insecure, credentials)), one) for one in servers]
+        own = None if credentials is None else identity.load_credentials(credentials)
+        operator = Operator(*lines[0], lines[1:], own)
         await operator.choose()
         yield operator
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any, Final, cast
 
 import grpc
 import grpc_status.rpc_status
 from google.rpc import error_details_pb2
 
-from seqfed.common import addresses
-from seqfed.common.errors import InternalError, Overloaded, SeqfedError, ServerUnavailable, every_error
+from seqfed.common import addresses, identity
+from seqfed.common.errors import (
+    InternalError,
+    NotAllowed,
+    Overloaded,
+    SeqfedError,
+    ServerUnavailable,
+    Unauthenticated,
+    every_error,
+)
 from seqfed.common.wire import ERROR_DOMAIN
 
 OPTIONS: Final = (
@@ -31,12 +40,56 @@ CALLS_LIMIT: Final = "Concurrent RPC limit"  # gRPC's own words where a server's
 ANSWER_S: Final = 30.0  # seconds for the answer to a small call
 
 
+# gRPC's words for a TLS connection that did not come about, and what is to be said instead. The last is all that a client
+# sees of a server that does not accept its certificate, or to which it speaks plaintext.
+REFUSALS: Final = {
+    "WRONG_VERSION_NUMBER": (
+        "what answers at {address} speaks plaintext, and not TLS; start that server with --tls, or, if plaintext is meant, "
+        "pass --insecure and no --credentials"
+    ),
+    "certificate has expired": (
+        "the certificate of the server at {address} has expired; on the server: seqfed ca issue server NAME... --force"
+    ),
+    "certificate is not yet valid": (
+        "the certificate of the server at {address} is not valid yet; are the clocks right?"
+    ),
+    "unsupported certificate purpose": (
+        "what answers at {address} has a certificate of this federation that is not a server's; do not trust it"
+    ),
+    "CERTIFICATE_VERIFY_FAILED": (
+        "the certificate of the server at {address} is not of this federation's CA (ca.pem in the credentials folder); is "
+        "the address right, and are these the credentials for it?"
+    ),
+    "Hostname Verification Check failed": (
+        "the certificate of the server at {address} is not for this name; dial one that it is for, or on the server: seqfed "
+        "ca issue server NAME... --force, with every name and address that is dialled"
+    ),
+}
+NOT_BEGUN: Final = "failed to connect to all addresses"  # gRPC's words; what broke later has others
+CLOSED: Final = ("Socket closed", "Connection reset by peer", "Broken pipe")
+
+
 @contextlib.asynccontextmanager
-async def connected(address: str, insecure: bool) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to HOST:PORT; raises ConfigError or InsecureRefused before anything is sent."""
+async def connected(address: str, insecure: bool, credentials: Path | None = None) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to HOST:PORT, with TLS if there is a credentials folder, whose CA alone is then trusted.
+
+    Raises ConfigError, InsecureRefused, or Unauthenticated (our own certificate is of no use) before anything is sent.
+    """
     host, port = addresses.parse(address)
-    addresses.require_private(host, insecure)
-    async with grpc.aio.insecure_channel(addresses.join(host, port), options=OPTIONS) as channel:
+    target = addresses.join(host, port)
+    if credentials is None:
+        addresses.require_private(host, insecure, addresses.CLIENT_REMEDY)
+        channel = grpc.aio.insecure_channel(target, options=OPTIONS)
+    else:
+        found = identity.load_credentials(credentials)
+        try:
+            identity.holder(found, identity.now(), credentials)
+        except (Unauthenticated, NotAllowed) as error:
+            raise Unauthenticated(f"{error}; enrol anew with: seqfed client enroll --force") from None
+        channel = grpc.aio.secure_channel(
+            target, grpc.ssl_channel_credentials(found.ca, found.key, found.certificate), options=OPTIONS
+        )
+    async with channel:
         yield channel
 
 
@@ -64,6 +117,8 @@ def _typed(error: grpc.aio.AioRpcError, address: str) -> SeqfedError:
         if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
             return every_error().get(info.reason, SeqfedError)(error.details() or "")
     match error.code():
+        case grpc.StatusCode.UNAVAILABLE if refused := _refused(error.details() or "", address):
+            return refused
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED | grpc.StatusCode.DEADLINE_EXCEEDED:
             return ServerUnavailable(
                 f"no server answers at {address} ({error.code().name.lower()}); is `seqfed server` running there, and is "
@@ -75,3 +130,17 @@ def _typed(error: grpc.aio.AioRpcError, address: str) -> SeqfedError:
             return Overloaded(f"the server at {address} has as many calls as it takes at a time; try again later")
         case _:
             return InternalError(f"{address}: {error.code().name}: {error.details()}")
+
+
+def _refused(details: str, address: str) -> SeqfedError | None:
+    """What TLS had against the connection, if it was that."""
+    for sign, told in REFUSALS.items():
+        if sign in details:
+            return ServerUnavailable(told.format(address=address))
+    if NOT_BEGUN in details and any(sign in details for sign in CLOSED):
+        return Unauthenticated(
+            f"the server at {address} ended the connection before the first call, as one with TLS does to whoever has no "
+            "certificate that it accepts; pass --credentials DIR with one of its federation (seqfed client enroll, seqfed "
+            "ca issue)"
+        )
+    return None

@@ -1,4 +1,4 @@
-"""The command `seqfed client`."""
+"""The commands `seqfed client` and `seqfed client enroll`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ def client(
         list[str] | None,
         typer.Option(help="module:function whose code runs may use as their model. Again for more. [none]"),
     ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(envvar="SEQFED_POLICY", help="policy.toml: which runs may have what of this client [any, all]."),
+    ] = None,
+    credentials: Annotated[
+        Path | None,
+        typer.Option(envvar="SEQFED_CREDENTIALS", help="Folder that `client enroll` made [credentials in --state]."),
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", envvar="SEQFED_INSECURE", help="Allow plaintext off the loopback interface.")
     ] = False,
@@ -49,16 +57,21 @@ def client(
     Ctrl-C stops it; what it was at is begun anew when it comes back. A second Ctrl-C does not wait for the batch in hand.
     What a run would see of a file: seqfed data check FILE.
     """
+    import functools
     import socket
 
     from seqfed.client import identity
+    from seqfed.client.channel import connected
+    from seqfed.client.consent import consent_of
     from seqfed.client.data import open_source
+    from seqfed.client.enroll import Renewal, in_use
     from seqfed.client.session import Session
     from seqfed.client.settings import ClientSettings
     from seqfed.client.work import Workshop
     from seqfed.common import addresses
     from seqfed.common.config import load_toml, validate
     from seqfed.common.errors import ConfigError
+    from seqfed.common.identity import CREDENTIALS, client_folder
     from seqfed.common.logs import set_up
     from seqfed.common.wire import check_client_name
 
@@ -69,6 +82,8 @@ def client(
         "threads": threads,
         "device": device,
         "allow_custom": allow_custom or None,
+        "policy": policy,
+        "credentials": credentials,
         "insecure": insecure or None,
         "log_json": log_json or None,
     }
@@ -80,24 +95,89 @@ def client(
         given = {key: value for key, value in flags.items() if value is not None}
         settings = validate(ClientSettings, {**given, "data": data}, "flags")
     own_name = check_client_name(settings.name or socket.gethostname())
+    folder = in_use(settings.credentials, settings.insecure, client_folder(settings.state, own_name) / CREDENTIALS)
+    if folder is not None:
+        own_name = _name_in(folder, settings.name)
     for one in settings.server:
-        addresses.require_private(addresses.parse(one)[0], settings.insecure)
+        host, _ = addresses.parse(one)
+        if folder is None:
+            addresses.require_private(host, settings.insecure)
     if settings.device == "cuda":  # now, not at the first task
         from seqfed.client.network import device_of
 
         device_of("cuda")
     set_up(settings.log_json)
+    state_folder = client_folder(settings.state, own_name)
+    consent = consent_of(settings.policy, state_folder, folder, settings.allow_custom)
     workshop = Workshop(
         own_name,
         open_source(settings.data),
         threads=settings.threads,
         device=settings.device,
-        allow_custom=settings.allow_custom,
+        allow_custom=consent.custom,
     )
     instance = identity.take(settings.state, own_name)
-    session = Session(workshop, settings.server, instance, settings.insecure)
-
+    session = Session(
+        workshop,
+        settings.server,
+        instance,
+        settings.insecure,
+        dial=functools.partial(connected, credentials=folder),
+        renewal=None if folder is None else Renewal(folder),
+        consent=consent,
+    )
     take_part(session)
+
+
+def _name_in(folder: Path, wanted: str | None) -> str:
+    """The name in the client's certificate; raises ConfigError if another is wanted or the certificate is not a client's."""
+    from seqfed.common import identity
+    from seqfed.common.errors import ConfigError, NotAllowed, Unauthenticated
+
+    try:
+        whose = identity.holder(identity.load_credentials(folder), identity.now(), folder)
+    except (Unauthenticated, NotAllowed) as error:
+        raise type(error)(f"{error}; enrol anew with: seqfed client enroll --force") from None
+    if whose.role is not identity.Role.CLIENT:
+        raise ConfigError(f"{folder} has the certificate of {whose}, and not a client's")
+    if wanted is not None and wanted != whose.name:
+        raise ConfigError(f"{folder} has the certificate of client '{whose.name}'; pass --name {whose.name}, or none")
+    return whose.name
+
+
+def enroll(
+    token_file: Annotated[Path, typer.Option(help="What `seqfed enroll token` made.", metavar="FILE")],
+    server: Annotated[str, typer.Option(envvar="SEQFED_SERVER", help="HOST:PORT of the server.")] = "127.0.0.1:7733",
+    enroll_port: Annotated[
+        int | None, typer.Option(min=1, max=65_535, help="The server's port to enrol at [the one after PORT].")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(envvar="SEQFED_STATE", help="The client's state folder, as for `seqfed client`.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="With a new key, in place of the key and certificate that are there.")
+    ] = False,
+) -> None:
+    """Get this data holder's certificate, with a token file from the federation's operator. Its key is made here and stays here.
+
+    Trusts no server but that of the federation that made the token. The certificate then renews itself.
+    """
+    import asyncio
+
+    from seqfed.client.enroll import counter, load_token
+    from seqfed.client.enroll import enroll as enrolling
+    from seqfed.common.identity import CREDENTIALS, client_folder, day
+
+    token, text, ca = load_token(token_file)
+    folder = client_folder(state, token.client) / CREDENTIALS
+    address = counter(server.partition(",")[0], enroll_port)
+    whose = asyncio.run(enrolling(address, text, ca, token.client, folder, replace=force))
+    print(
+        f"{folder}: the credentials of {whose}, valid until {day(whose.not_after)}, renewed before\n"
+        f"{token_file} is used up; delete it\n"
+        f"next: seqfed client --name {whose.name} --server {server} --data FILE"
+        + ("" if state is None else f" --state {state}")
+    )
 
 
 def take_part(session: Session) -> None:

@@ -120,6 +120,14 @@ class Connection:
             reply = await self._stub.SubmitEvaluation(request, metadata=self._metadata, timeout=ANSWER_S)
         return reply.duplicate
 
+    async def renew(self, csr: bytes) -> bytes:
+        """A new certificate (PEM) for the caller's own identity, for this request (PEM)."""
+        with raising(self._address):
+            reply = await self._stub.Renew(
+                federation_pb2.RenewRequest(csr=csr), metadata=self._metadata, timeout=ANSWER_S
+            )
+        return reply.certificate
+
     async def report_progress(self, key: views.TaskKey, progress: views.Progress) -> None:
         """Tell the server how far the task is; raises WrongRound, RunEnded, NoModel or UnknownRun if it is not wanted."""
         request = wire.progress_to_wire(key, progress)

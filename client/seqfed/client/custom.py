@@ -10,20 +10,25 @@ import importlib
 from collections.abc import Callable, Collection
 from typing import cast
 
-from seqfed.common.errors import ConfigError
+from seqfed.common.errors import ConfigError, PolicyRefused
 from seqfed.common.spec import RunSpec
+
+
+def require_allowed(name: str | None, allowed: Collection[str]) -> None:
+    """Raise PolicyRefused if `name` is a custom model's and not among `allowed`."""
+    if name is not None and name not in allowed:
+        raise PolicyRefused(
+            f"custom: the run's model.custom is '{name}', which this client does not allow; "
+            "if you trust that code, add it to allow_custom in client.toml"
+        )
 
 
 def builder(name: str, allowed: Collection[str]) -> Callable[[RunSpec], object]:
     """The function that `name`, as module:function, stands for.
 
-    Raises ConfigError if it is not among `allowed` (nothing is then imported), or cannot be imported.
+    Raises PolicyRefused if it is not among `allowed` (nothing is then imported), ConfigError if it cannot be imported.
     """
-    if name not in allowed:
-        raise ConfigError(
-            f"the run's model.custom is '{name}', which this client does not allow; "
-            "if you trust that code, add it to allow_custom in client.toml"
-        )
+    require_allowed(name, allowed)
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function, None)

@@ -7,9 +7,8 @@ import os
 import secrets
 from pathlib import Path
 
-import platformdirs
-
 from seqfed.common.errors import StorageError, storage_error
+from seqfed.common.identity import client_folder
 from seqfed.common.wire import HEX
 
 
@@ -18,7 +17,7 @@ def take(folder: Path | None, name: str) -> str:
 
     Raises StorageError if another process holds the folder or it cannot be written.
     """
-    folder = folder or Path(platformdirs.user_state_dir("seqfed")) / "clients" / name
+    folder = client_folder(folder, name)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(folder / "instance", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from seqfed.client.custom import builder
-from seqfed.common.errors import ConfigError, TrainingFailed
+from seqfed.common.errors import ConfigError, PolicyRefused, TrainingFailed
 from seqfed.common.layout import Flat, Layout, Parameters, require_same
 from seqfed.common.model import layout_of
 from seqfed.common.spec import RunSpec
@@ -156,8 +156,9 @@ class Network(nn.Module):
 def network_for(spec: RunSpec, *, device: str = "cpu", allow_custom: Collection[str] = ()) -> Network:
     """The network of this specification on a device (auto, cpu, cuda); its numbers are yet to be loaded.
 
-    allow_custom: the custom modules (module:function) that may be imported. Raises ConfigError for any other, for one that
-    makes no torch module, and for a device that is not there; LayoutMismatch if its tensors are not spec.model.tensors.
+    allow_custom: the custom modules (module:function) that may be imported. Raises PolicyRefused for any other, ConfigError
+    for one that makes no torch module, and for a device that is not there; LayoutMismatch if its tensors are not
+    spec.model.tensors.
     """
     body = Recurrent(spec) if spec.model.custom is None else _custom(spec, allow_custom)
     network = Network(body, spec)
@@ -207,12 +208,12 @@ def _recurrent(spec: RunSpec, width: int) -> nn.RNN | nn.LSTM | nn.GRU:
 
 
 def _custom(spec: RunSpec, allowed: Collection[str]) -> nn.Module:
-    """The custom module; raises ConfigError if it may not be imported or is no torch module of float32 tensors."""
+    """The custom module; raises PolicyRefused if it may not be imported, ConfigError if it is no module of float32 tensors."""
     assert spec.model.custom is not None
     name = spec.model.custom
     try:
         body = builder(name, allowed)(spec)
-    except ConfigError:
+    except (ConfigError, PolicyRefused):
         raise
     except Exception as error:
         raise ConfigError(f"model.custom = '{name}' failed: {type(error).__name__}: {error}") from error

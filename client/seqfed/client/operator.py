@@ -24,6 +24,14 @@ Server = Annotated[
 Insecure = Annotated[
     bool, typer.Option("--insecure", envvar="SEQFED_INSECURE", help="Allow plaintext off the loopback interface.")
 ]
+CredentialsFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--credentials",
+        envvar="SEQFED_CREDENTIALS",
+        help="Folder that `seqfed ca issue operator` made [operator in the user's configuration].",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 RunName = Annotated[str, typer.Argument(help="Its id, the beginning of it, or its name.", metavar="RUN")]
 
@@ -37,14 +45,18 @@ class Format(StrEnum):
     JSON = "json"
 
 
-def _on_server(server: str, insecure: bool, call: Callable[[Operator], Awaitable[T]]) -> T:
+def _on_server(server: str, insecure: bool, credentials: Path | None, call: Callable[[Operator], Awaitable[T]]) -> T:
     """The result of calls to the server; Ctrl-C ends with status 130 and no traceback."""
     import asyncio
 
     from seqfed.client.admin import operating
+    from seqfed.client.enroll import in_use
+    from seqfed.common.identity import config_folder
+
+    folder = in_use(credentials, insecure, config_folder() / "operator")
 
     async def run() -> T:
-        async with operating(server, insecure) as operator:
+        async with operating(server, insecure, folder) as operator:
             return await call(operator)
 
     try:
@@ -63,6 +75,7 @@ def submit(
     ] = False,
     server: Server = LOCAL,
     insecure: Insecure = False,
+    credentials: CredentialsFolder = None,
     as_json: Json = False,
 ) -> None:
     """Queue a run described by a TOML file. It starts when its turn has come and its clients are there."""
@@ -85,7 +98,7 @@ def submit(
         last = await follow(operator, view.run, as_json=as_json, paused=_say_paused)
         return last.phase == "finished"
 
-    if not _on_server(server, insecure, call):
+    if not _on_server(server, insecure, credentials, call):
         raise typer.Exit(1)
 
 
@@ -111,7 +124,9 @@ def custom_run(spec: RunSpec, initial: Path | None) -> tuple[RunSpec, Path]:
     return spec, initial
 
 
-def runs(server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
+def runs(
+    server: Server = LOCAL, insecure: Insecure = False, credentials: CredentialsFolder = None, as_json: Json = False
+) -> None:
     """List the server's runs, and in words what each one is waiting for."""
     import json
 
@@ -119,18 +134,24 @@ def runs(server: Server = LOCAL, insecure: Insecure = False, as_json: Json = Fal
 
     from seqfed.client.shown import run_dict, runs_table
 
-    found = _on_server(server, insecure, lambda operator: operator.runs())
+    found = _on_server(server, insecure, credentials, lambda operator: operator.runs())
     if as_json:
         print(json.dumps([run_dict(view) for view in found]))
     else:
         rich_print(runs_table(found) if found else "no runs yet; queue one with: seqfed submit run.toml")
 
 
-def watch(run: RunName, server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
+def watch(
+    run: RunName,
+    server: Server = LOCAL,
+    insecure: Insecure = False,
+    credentials: CredentialsFolder = None,
+    as_json: Json = False,
+) -> None:
     """Follow a run live until it ends. Ctrl-C stops watching, not the run."""
     from seqfed.client.watching import follow
 
-    last = _on_server(server, insecure, lambda operator: follow(operator, run, as_json=as_json))
+    last = _on_server(server, insecure, credentials, lambda operator: follow(operator, run, as_json=as_json))
     if last.phase != "finished":
         raise typer.Exit(1)
 
@@ -145,13 +166,14 @@ def metrics(
     ] = None,
     server: Server = LOCAL,
     insecure: Insecure = False,
+    credentials: CredentialsFolder = None,
 ) -> None:
     """Write a run's history: a row a round, with each metric, its median and worst decile over the clients, bytes, seconds."""
     from seqfed.client import history
 
     if plot is not None:
         history.require_plots(plot)
-    view = _on_server(server, insecure, lambda operator: operator.history(run))
+    view = _on_server(server, insecure, credentials, lambda operator: operator.history(run))
     text = history.as_csv(view) if kind is Format.CSV else history.as_json(view)
     if out is None:
         print(text, end="")
@@ -161,19 +183,37 @@ def metrics(
         history.draw(view, plot)
 
 
-def pause(run: RunName, server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
+def pause(
+    run: RunName,
+    server: Server = LOCAL,
+    insecure: Insecure = False,
+    credentials: CredentialsFolder = None,
+    as_json: Json = False,
+) -> None:
     """Hold a run where it is: its clients are free for other runs, and what they have sent stays."""
-    _tell(_on_server(server, insecure, lambda operator: operator.pause(run)), as_json)
+    _tell(_on_server(server, insecure, credentials, lambda operator: operator.pause(run)), as_json)
 
 
-def resume(run: RunName, server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
+def resume(
+    run: RunName,
+    server: Server = LOCAL,
+    insecure: Insecure = False,
+    credentials: CredentialsFolder = None,
+    as_json: Json = False,
+) -> None:
     """Queue a paused run again; it goes on in the round in which it was paused."""
-    _tell(_on_server(server, insecure, lambda operator: operator.resume(run)), as_json)
+    _tell(_on_server(server, insecure, credentials, lambda operator: operator.resume(run)), as_json)
 
 
-def stop(run: RunName, server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
+def stop(
+    run: RunName,
+    server: Server = LOCAL,
+    insecure: Insecure = False,
+    credentials: CredentialsFolder = None,
+    as_json: Json = False,
+) -> None:
     """End a run; the model of its last finished round stays."""
-    _tell(_on_server(server, insecure, lambda operator: operator.stop(run)), as_json)
+    _tell(_on_server(server, insecure, credentials, lambda operator: operator.stop(run)), as_json)
 
 
 def _tell(view: RunView, as_json: bool) -> None:
@@ -184,7 +224,9 @@ def _tell(view: RunView, as_json: bool) -> None:
     print(json.dumps(run_dict(view)) if as_json else f"run {view.run} ({view.name}): {view.phase}: {view.reason}")
 
 
-def clients(server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
+def clients(
+    server: Server = LOCAL, insecure: Insecure = False, credentials: CredentialsFolder = None, as_json: Json = False
+) -> None:
     """List the clients that the server has seen, and what each is doing."""
     import json
 
@@ -192,13 +234,61 @@ def clients(server: Server = LOCAL, insecure: Insecure = False, as_json: Json = 
 
     from seqfed.client.shown import client_dict, clients_table
 
-    found = _on_server(server, insecure, lambda operator: operator.clients())
+    found = _on_server(server, insecure, credentials, lambda operator: operator.clients())
     if as_json:
         print(json.dumps([client_dict(view) for view in found]))
     else:
         rich_print(
             clients_table(found) if found else "no client has been here; start one with: seqfed client --data FILE"
         )
+
+
+def revoke(
+    name: Annotated[
+        str,
+        typer.Argument(help="The client's name; or operator:NAME, viewer:NAME.", metavar="NAME", show_default=False),
+    ],
+    reason: Annotated[str, typer.Option(help="Why, for the audit log.")],
+    server: Server = LOCAL,
+    insecure: Insecure = False,
+    credentials: CredentialsFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Shut somebody out: certificates issued so far are worth nothing from now on, open connections included.
+
+    To let a client in again, make it a new token: seqfed enroll token.
+    """
+    import json
+
+    view = _on_server(server, insecure, credentials, lambda operator: operator.revoke(name, reason))
+    print(json.dumps({"client": view.client, "revoked": view.revoked}) if as_json else f"{view.client}: revoked")
+
+
+def audit(
+    after: Annotated[int, typer.Option(min=0, help="Only entries after the one of this number.")] = 0,
+    server: Server = LOCAL,
+    insecure: Insecure = False,
+    credentials: CredentialsFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Print a server's audit log, oldest first; status 1 if its chain does not hold.
+
+    From the server's own database, without asking the server: seqfed audit verify.
+    """
+    import json
+
+    from seqfed.client.shown import entry_dict, entry_line
+    from seqfed.common import chain
+
+    async def call(operator: Operator) -> None:
+        head: tuple[int, bytes] | None = None if after else (0, chain.START)
+        async for entry in operator.audit(after):
+            if head is not None:
+                chain.verify([entry], head)
+            head = (entry.number, entry.digest)
+            print(json.dumps(entry_dict(entry)) if as_json else entry_line(entry))
+
+    _on_server(server, insecure, credentials, call)
 
 
 class ModelFormat(StrEnum):
@@ -222,6 +312,7 @@ def export(
     ] = None,
     server: Server = LOCAL,
     insecure: Insecure = False,
+    credentials: CredentialsFolder = None,
     as_json: Json = False,
 ) -> None:
     """Save a run's newest model, with all that is needed to use it.
@@ -232,7 +323,7 @@ def export(
     import tempfile
 
     if kind is ModelFormat.SAFETENSORS:
-        size = _on_server(server, insecure, lambda operator: operator.export(run, out))
+        size = _on_server(server, insecure, credentials, lambda operator: operator.export(run, out))
     else:
         from seqfed.client.convert import convert, require
 
@@ -242,19 +333,21 @@ def export(
             out = Path("model.onnx" if onnx else "model.pt")
         with tempfile.TemporaryDirectory(prefix="seqfed-") as folder:
             fetched = Path(folder, "model.safetensors")
-            _on_server(server, insecure, lambda operator: operator.export(run, fetched))
+            _on_server(server, insecure, credentials, lambda operator: operator.export(run, fetched))
             size = convert(fetched, out, "onnx" if onnx else "torchscript", allow_custom or ())
     print(json.dumps({"model": str(out), "bytes": size}) if as_json else f"{out}: {size:,} bytes")
 
 
-def health(server: Server = LOCAL, insecure: Insecure = False, as_json: Json = False) -> None:
+def health(
+    server: Server = LOCAL, insecure: Insecure = False, credentials: CredentialsFolder = None, as_json: Json = False
+) -> None:
     """Ask whether a server is there and serves; status 1 if not."""
     import json
 
     from seqfed.common.errors import ServerUnavailable
 
     try:
-        serving, why = _on_server(server, insecure, lambda operator: operator.healthy()), ""
+        serving, why = _on_server(server, insecure, credentials, lambda operator: operator.healthy()), ""
     except ServerUnavailable as error:
         serving, why = False, str(error)
     print(

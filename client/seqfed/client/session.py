@@ -25,6 +25,7 @@ import numpy as np
 
 from seqfed.client.channel import connected
 from seqfed.client.connection import Connection
+from seqfed.client.enroll import Renewal
 from seqfed.client.work import LocalUpdate, Workshop
 from seqfed.common import views
 from seqfed.common.errors import (
@@ -36,17 +37,20 @@ from seqfed.common.errors import (
     LeaseLost,
     NoModel,
     Overloaded,
+    RateLimited,
     RunEnded,
     SeqfedError,
     ServerUnavailable,
     StorageError,
     StorageFull,
     TrainingFailed,
+    Unauthenticated,
     UnknownRun,
     UnknownSession,
     VersionMismatch,
     WrongRound,
 )
+from seqfed.common.identity import day
 from seqfed.common.layout import BYTES_PER_PARAMETER, Flat
 from seqfed.common.logs import about
 from seqfed.common.transfer import Pace, Reassembly
@@ -61,10 +65,14 @@ Dial = Callable[
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries
 BUSY_WAITS: Final = (1.0, 4.0)  # seconds, when a server has no room just now
+LOOK_S: Final = (
+    600.0  # seconds between two looks at the certificate: while a machine sleeps, its own clock stands still
+)
 BEAT_S: Final = 5.0  # seconds from one word about the progress to the next: a task shorter than that costs none
 HOPELESS = (ConfigError, InsecureRefused, InvalidName, VersionMismatch)  # trying again cannot help
 BROKEN = (ServerUnavailable, BrokenTransfer)  # what a transfer ends with if the link does not carry it
-PASSING = (*BROKEN, UnknownSession, Overloaded, LeaseLost, StorageFull, StorageError)  # trying again may
+# Trying again may. Also where our certificate is refused: the server may be mended, or this client enrolled anew.
+PASSING = (*BROKEN, UnknownSession, Unauthenticated, Overloaded, RateLimited, LeaseLost, StorageFull, StorageError)
 OUTDATED = (WrongRound, RunEnded, NoModel, UnknownRun, DuplicateUpdate)  # the federation has gone on without this work
 UNHURRIED = (
     Stage.READING,
@@ -127,13 +135,18 @@ class Session:
         insecure: bool,
         *,
         dial: Dial = connected,
+        renewal: Renewal | None = None,
         rng: random.Random | None = None,
+        consent: Callable[[views.Task], None] | None = None,
     ) -> None:
         self._workshop = workshop
+        self._consent = consent
         self._servers = servers
         self._instance = instance
         self._insecure = insecure
         self._dial = dial
+        self._renewal = renewal
+        self._renewed = False  # the connection ends because there is a new certificate to show
         self._rng = random.Random() if rng is None else rng  # noqa: S311 - not a secret
         self._connection: Connection | None = None
         self._joined = asyncio.Event()  # set while there is a connection
@@ -179,16 +192,21 @@ class Session:
                     began = clock()
                     self._log.info("connected to %s; waiting for tasks", address)
                     self._have(connection)
+                    renewing = asyncio.ensure_future(self._renew(connection, channel))
                     try:
                         async for task in connection.listen():
                             settled = True
                             self._offer(task)
                     finally:
                         self._have(None)
+                        renewing.cancel()
                     raise ServerUnavailable(f"the server at {address} ended the connection")
             except HOPELESS:
                 raise
             except SeqfedError as error:  # whatever it is, it may be mended on the server's side
+                if self._renewed:
+                    self._renewed = False
+                    continue  # the same server again, at once, with the new certificate
                 stays = isinstance(error, Overloaded)  # it is the right one, only busy
                 if spread is None:
                     failed += 1
@@ -204,6 +222,28 @@ class Session:
                 place += not stays
                 self._log.warning("%s; trying again in %.1f s", error, wait)
                 await asyncio.sleep(wait)
+
+    async def _renew(self, connection: Connection, channel: grpc.aio.Channel) -> None:
+        """Wait until the certificate is due, get a new one, and close the channel for one that shows it.
+
+        Whatever was under way over it goes on over the next, as after every loss of connection.
+        """
+        if self._renewal is None:
+            return
+        while True:
+            try:
+                if (wait := self._renewal.wait()) > 0:
+                    await asyncio.sleep(min(wait, LOOK_S))
+                    continue
+                whose = await self._renewal.renew(connection.renew)
+            except SeqfedError as error:
+                self._log.warning("the certificate could not be renewed: %s; again in %.0f min", error, LOOK_S / 60)
+                await asyncio.sleep(LOOK_S)
+                continue
+            self._log.info("the certificate was renewed; it is valid until %s", day(whose.not_after))
+            self._renewed = True
+            await channel.close()
+            return
 
     def _working(self) -> views.TaskKey | None:
         """The task in hand, if it is still wanted."""
@@ -275,6 +315,8 @@ class Session:
 
     async def _do(self, hand: _Hand) -> None:
         task = hand.task
+        if self._consent is not None:
+            await asyncio.to_thread(self._consent, task)
         await asyncio.to_thread(self._workshop.check, task)  # the first of a run reads the data
         flat = await self._fetch(hand)
         if task.kind is TaskKind.EVALUATE:
@@ -327,6 +369,7 @@ class Session:
 
             await self._persist(hand, fetch)
         self._model = (model.digest, flat)
+        hand.tell(Progress(Stage.READING))  # until the first batch: the network is built, torch perhaps loaded
         return flat
 
     async def _submit(self, hand: _Hand, update: LocalUpdate) -> None:

@@ -212,5 +212,15 @@ class ClientSettings(Settings):
     allow_custom: Several = Field(
         default=(), description="module:function whose code runs may use as their model; all others are refused"
     )
+    credentials: Path | None = Field(
+        strict=False,
+        default=None,
+        description="folder with key and certificate (seqfed client enroll); left out: credentials in the state folder",
+    )
+    policy: Path | None = Field(
+        strict=False,
+        default=None,
+        description="policy.toml: which runs this client takes part in, and how much they get in all; left out: any",
+    )
     insecure: bool = Field(default=False, description="allow plaintext off the loopback interface")
     log_json: bool = Field(default=False, description="log a JSON object a line instead of text")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -10,7 +12,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from seqfed.common.metrics import main_metrics, summary
-from seqfed.common.views import ClientView, Progress, RoundRecord, RunView, Stage, TaskView
+from seqfed.common.views import AuditEntry, ClientView, Progress, RoundRecord, RunView, Stage, TaskView
+from seqfed.common.wire import clean
 
 QUIET_S: Final = 15.0  # a client that works says so every 5 s, so after three times that its silence is news
 
@@ -84,8 +87,23 @@ def client_dict(view: ClientView) -> dict[str, Any]:
         "seconds": round(view.seconds, 1),
         "task": view.task,
         "software": view.software,
-        **view.schema.model_dump(),
+        "revoked": view.revoked,
+        **({} if view.schema is None else view.schema.model_dump()),
     }
+
+
+def entry_dict(entry: AuditEntry) -> dict[str, Any]:
+    """One entry of the audit log."""
+    when = datetime.datetime.fromtimestamp(entry.at, datetime.UTC).isoformat(timespec="milliseconds")
+    body = json.loads(entry.body)
+    return {"number": entry.number, "at": when, "kind": entry.kind, "body": body, "digest": entry.digest.hex()}
+
+
+def entry_line(entry: AuditEntry) -> str:
+    """The same for people, in one line, whatever it quotes."""
+    when = datetime.datetime.fromtimestamp(entry.at, datetime.UTC).isoformat(sep=" ", timespec="seconds")
+    said = (f"{name}={json.dumps(value, ensure_ascii=True)}" for name, value in json.loads(entry.body).items())
+    return f"{entry.number:6} {when[:19]} {clean(entry.kind, 32):<9} {' '.join(said)}"
 
 
 def size(count: int) -> str:
@@ -128,15 +146,12 @@ def runs_table(views: Iterable[RunView]) -> Group:
 def clients_table(views: Iterable[ClientView]) -> Table:
     table = Table("client", "state", "since", "examples", "validation", "features", "task")
     for view in views:
-        table.add_row(
-            view.client,
-            "connected" if view.connected else "away",
-            f"{view.seconds:.0f} s",
-            str(view.schema.examples),
-            str(view.schema.validation_examples),
-            str(view.schema.features),
-            view.task or "-",
-        )
+        schema = view.schema
+        told = ("-", "-", "-")
+        if schema is not None:
+            told = (str(schema.examples), str(schema.validation_examples), str(schema.features))
+        state = "revoked" if view.revoked else "connected" if view.connected else "away"
+        table.add_row(view.client, state, f"{view.seconds:.0f} s", *told, view.task or "-")
     return table
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from blake3 import blake3
 
+from seqfed.client import custom
 from seqfed.client.data import ClientData, Source
 from seqfed.common.errors import LayoutMismatch, SchemaMismatch
 from seqfed.common.layout import Flat, Layout, Parameters
@@ -56,9 +57,11 @@ class Workshop:
 
     def check(self, task: Task) -> ClientData:
         """The run's sequences; raises SchemaMismatch, DataError or LayoutMismatch if the task is not for these data or this
-        version of the software. The first call for a run reads and cuts the data, the others find that done.
+        version of the software, PolicyRefused if it would run code that is not allowed. The first call for a run reads and
+        cuts the data, the others find that done.
         """
         if self._checked is None or self._checked[0] is not task.spec:
+            custom.require_allowed(task.spec.model.custom, self._allow_custom)
             why = misfit(task.spec.data, self.source.schema)
             if why is not None:
                 raise SchemaMismatch(f"client '{self.client}' {why}")

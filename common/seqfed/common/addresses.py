@@ -55,10 +55,16 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def require_private(host: str, insecure: bool) -> None:
-    """Raise InsecureRefused if plaintext with this host would cross a network and nobody said that it may."""
+CLIENT_REMEDY: Final = "pass --credentials DIR, which `seqfed client enroll` or `seqfed ca issue` makes"
+SERVER_REMEDY: Final = (
+    "make a CA with `seqfed ca init` and a certificate with `seqfed ca issue server NAME...`, then pass --tls DIR"
+)
+
+
+def require_private(host: str, insecure: bool, remedy: str = CLIENT_REMEDY) -> None:
+    """Raise InsecureRefused, with the remedy, if plaintext with this host would cross a network and nobody said that it may."""
     if not insecure and not is_loopback(host):
         raise InsecureRefused(
             f"'{host}' is not a loopback address and the connection would be plaintext, readable and alterable on the way; "
-            "put it inside an encrypted tunnel or a private network, then pass --insecure"
+            f"{remedy}; or, inside an encrypted tunnel or a private network, pass --insecure"
         )

@@ -20,7 +20,7 @@ PIECE: Final = 1 << 14  # numbers converted at once: the float64 and int64 copie
 LIMIT: Final = float(1 << (62 - FRACTION_BITS))  # of |sum of weight x delta|: one bit below int64's own, for rounding
 
 
-def accumulate(total: NDArray[np.int64], numbers: NDArray[np.float32], weight: int, *, first: bool = False) -> None:
+def accumulate(total: NDArray[np.int64], numbers: NDArray[np.float32], weight: float, *, first: bool = False) -> None:
     """total += round(weight x numbers x 2^30), in place; both of one shape (n,). The first overwrites what `total` held.
 
     Precondition: weight x max|numbers| <= LIMIT, also for the sum of all that is accumulated.

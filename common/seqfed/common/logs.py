@@ -9,10 +9,14 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
 FIELDS: Final = ("run", "round", "client")  # attributes of a record that `about` sets; empty or 0: it is not about one
+
+# C0, DEL and C1; what ends a line in Unicode; what turns the direction of writing round; half a character.
+UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 AnyLogger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 
@@ -42,7 +46,10 @@ def about(
 
 
 class TextLines(logging.Formatter):
-    """'2026-01-31 12:00:00,000 INFO    seqfed.server: run 1f2e round 3 client a: message'."""
+    """'2026-01-31 12:00:00,000 INFO    seqfed.server: run 1f2e round 3 client a: message'.
+
+    A message stays on its one line, whatever of a peer's it quotes: nothing in it can pass for a line of its own.
+    """
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(prefix)s%(message)s")
@@ -50,6 +57,7 @@ class TextLines(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         told = " ".join(f"{name} {value}" for name, value in _fields(record).items())
         record.prefix = f"{told}: " if told else ""
+        record.message = UNPRINTABLE.sub(_escaped, record.message)
         return super().formatMessage(record)
 
 
@@ -73,6 +81,10 @@ class JsonLines(logging.Formatter):
         if record.stack_info:
             entry["stack"] = self.formatStack(record.stack_info)
         return json.dumps(entry)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
 
 
 def _fields(record: logging.LogRecord) -> dict[str, str | int]:

@@ -266,7 +266,7 @@ class CohortSpec(Settings):
         default=0.5,
         ge=0,
         le=10,
-        description="exponent a: an update s rounds old weighs (1 + s)^-a of a fresh one (Nguyen et al. 2022, 5)",
+        description="exponent a: an update s rounds old is scaled down by (1 + s)^-a (Nguyen et al. 2022, 5)",
     )
     max_staleness: int = Field(default=10, ge=1, le=1000, description="rounds after which a late update is dropped")
     max_attempts: int = Field(default=3, ge=1, le=1000, description="tries at one round before the run pauses")
@@ -316,9 +316,42 @@ class AsynchronousSpec(Settings):
 
 
 class AggregationSpec(Settings):
-    """FedAvg's mean: every update counts the same, or as much as the examples behind it."""
+    """FedAvg's mean: every update counts the same, or as much as the examples behind it.
+
+    Both numbers are the client's own word. `max_weight` and `max_norm` bound what one that lies can do with them.
+    """
 
     weighting: Literal["examples", "uniform"] = "examples"
+    max_weight: Annotated[int, Field(ge=1, le=1 << 40)] | None = Field(
+        default=None,
+        description="examples that one update counts for at most, whatever it says; left out: as many as it says",
+    )
+    max_norm: float | None = Field(
+        default=None, gt=0, description="of each update, the L2 norm of all its numbers; left out: any"
+    )
+    over_norm: Literal["clip", "refuse"] = Field(
+        default="clip", description="an update above max_norm: scale it down to that, or refuse it"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.over_norm == "refuse" and self.max_norm is None:
+            raise ValueError("aggregation.over_norm = 'refuse' needs aggregation.max_norm: refuse what is above what?")
+        if self.max_weight is not None and self.weighting == "uniform":
+            raise ValueError(
+                "aggregation.max_weight belongs to weighting = 'examples'; with 'uniform' each counts as one"
+            )
+        return self
+
+    @property
+    def clips_at(self) -> float | None:
+        """The norm to which a longer update is scaled down; None if none is."""
+        return self.max_norm if self.over_norm == "clip" else None
+
+    @property
+    def refuses_above(self) -> float | None:
+        """The norm above which an update is refused; None if none is."""
+        return self.max_norm if self.over_norm == "refuse" else None
 
 
 class EvaluationSpec(Settings):
@@ -374,6 +407,13 @@ class RunSpec(Settings):
             )
         if cohort.quorum is not None and cohort.quorum > wanted.buffer:
             raise ValueError(f"cohort.quorum ({cohort.quorum}) is more than asynchronous.buffer ({wanted.buffer})")
+
+    @property
+    def smallest_sum(self) -> int:
+        """The fewest clients whose updates can make a new model of this run."""
+        if self.asynchronous is not None:
+            return self.cohort.needed(self.asynchronous.buffer)
+        return self.cohort.needed(self.cohort.min_clients if self.cohort.count is None else self.cohort.count)
 
     @property
     def folds_late(self) -> bool:

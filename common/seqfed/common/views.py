@@ -43,18 +43,20 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class Task:
-    """One piece of work for one client."""
+    """One piece of work for one client. `signature`: of the specification by the holder of `certificate` (PEM), if any."""
 
     kind: TaskKind
     key: TaskKey
     spec: RunSpec
     model: ModelVersion
+    signature: bytes = b""
+    certificate: bytes = b""
 
 
 class Stage(Enum):
     """What a client is at with its task."""
 
-    READING = "reading its data"
+    READING = "preparing"
     FETCHING = "fetching the model"
     TRAINING = "training"
     EVALUATING = "evaluating"
@@ -157,5 +159,17 @@ class ClientView:
     connected: bool
     seconds: float
     task: str
-    schema: DataSchema
+    schema: DataSchema | None  # None: it has been revoked, or enrolled, and was never here
     software: str
+    revoked: bool = False
+
+
+@dataclass(frozen=True)
+class AuditEntry:
+    """One line of the audit log; `seqfed.common.chain` says what the digest covers. `at`: seconds since the epoch."""
+
+    number: int
+    at: float
+    kind: str
+    body: str  # JSON
+    digest: bytes

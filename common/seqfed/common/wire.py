@@ -10,6 +10,7 @@ from typing import Final
 from seqfed.common import views
 from seqfed.common.config import validate_json
 from seqfed.common.errors import InvalidName, VersionMismatch
+from seqfed.common.logs import UNPRINTABLE
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
 from seqfed.v1 import admin_pb2, federation_pb2
@@ -43,6 +44,25 @@ def check_client_name(name: str) -> str:
     return name
 
 
+def clean(text: str, longest: int) -> str:
+    """A peer's words, cut off and on one line: what could forge a line of a log, or steer a terminal, is escaped."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text[:longest])
+
+
+def require_clean(value: object, what: str) -> None:
+    """Raise InvalidName if any text in this content of JSON has a control character."""
+    if isinstance(value, str):
+        if UNPRINTABLE.search(value):
+            raise InvalidName(f"{what}: {clean(value, 80)!r} has a character that cannot be printed; take it out")
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            require_clean(key, what)
+            require_clean(one, what)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            require_clean(one, what)
+
+
 def key_to_wire(key: views.TaskKey) -> federation_pb2.TaskKey:
     return federation_pb2.TaskKey(run=key.run, round=key.round, attempt=key.attempt)
 
@@ -52,7 +72,10 @@ def key_from_wire(message: federation_pb2.TaskKey) -> views.TaskKey:
 
 
 def task_to_wire(task: views.Task, known: RunSpec | None = None) -> federation_pb2.Task:
-    """The message; without the specification if that is the `known` one, the last on the same stream."""
+    """The message; without the specification if that is the `known` one, the last on the same stream.
+
+    Its signature comes with every task, so that each can be judged by itself.
+    """
     model = federation_pb2.ModelVersion(
         version=task.model.version,
         bytes=task.model.nbytes,
@@ -61,7 +84,14 @@ def task_to_wire(task: views.Task, known: RunSpec | None = None) -> federation_p
         data=task.model.data,
     )
     spec = b"" if task.spec is known else task.spec.canonical
-    return federation_pb2.Task(kind=_KINDS[task.kind], key=key_to_wire(task.key), spec=spec, model=model)
+    return federation_pb2.Task(
+        kind=_KINDS[task.kind],
+        key=key_to_wire(task.key),
+        spec=spec,
+        model=model,
+        signature=task.signature,
+        certificate=task.certificate,
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -85,6 +115,8 @@ def task_from_wire(message: federation_pb2.Task, known: RunSpec | None = None) -
         key_from_wire(message.key),
         known if known is not None and not message.spec else _spec(message.spec),
         views.ModelVersion(model.version, model.bytes, model.digest, model.layout_digest, model.data),
+        message.signature,
+        message.certificate,
     )
 
 
@@ -248,11 +280,28 @@ def client_to_wire(view: views.ClientView) -> admin_pb2.ClientStatus:
         connected=view.connected,
         seconds=view.seconds,
         task=view.task,
-        data_schema=view.schema.model_dump_json().encode(),
+        data_schema=b"" if view.schema is None else view.schema.model_dump_json().encode(),
         software=view.software,
+        revoked=view.revoked,
     )
 
 
 def client_from_wire(message: admin_pb2.ClientStatus) -> views.ClientView:
-    schema = validate_json(DataSchema, message.data_schema, "a client's data schema")
-    return views.ClientView(message.client, message.connected, message.seconds, message.task, schema, message.software)
+    schema = None
+    if message.data_schema:
+        schema = validate_json(DataSchema, message.data_schema, "a client's data schema")
+    return views.ClientView(
+        message.client, message.connected, message.seconds, message.task, schema, message.software, message.revoked
+    )
+
+
+def entry_to_wire(entry: views.AuditEntry) -> admin_pb2.AuditEntry:
+    return admin_pb2.AuditEntry(
+        number=entry.number, at=entry.at, kind=entry.kind, body=entry.body.encode(), digest=entry.digest
+    )
+
+
+def entry_from_wire(message: admin_pb2.AuditEntry) -> views.AuditEntry:
+    """The entry; what is no UTF-8 in it is replaced, and the chain then does not hold."""
+    body = message.body.decode("utf-8", "replace")
+    return views.AuditEntry(message.number, message.at, message.kind, body, message.digest)

@@ -16,28 +16,37 @@ from pathlib import Path
 
 import numpy as np
 
-from seqfed.common import checkpoint, logs, views
+from seqfed.common import checkpoint, identity, logs, signing, views
 from seqfed.common.checkpoint import PIECE_BYTES, ModelFile
 from seqfed.common.errors import (
+    ConfigError,
     DuplicateUpdate,
+    LayoutMismatch,
     LeaseLost,
     NoModel,
     Overloaded,
+    PolicyRefused,
     RunEnded,
+    SchemaMismatch,
     SeqfedError,
     StorageError,
     StorageFull,
+    Unauthenticated,
     UnknownRun,
+    VersionMismatch,
     WrongRound,
 )
+from seqfed.common.identity import Identity, load_credentials
 from seqfed.common.layout import Flat
 from seqfed.common.metrics import add
 from seqfed.common.schema import DataSchema, misfit
 from seqfed.common.transfer import CHUNK_BYTES
 from seqfed.server import fedavg, points
 from seqfed.server import round as machine
+from seqfed.server.access import Access
+from seqfed.server.audit import Audit, Kind, Note
 from seqfed.server.hub import Connection, Hub
-from seqfed.server.intake import Intake, check_tally
+from seqfed.server.intake import Intake, Patience, check_tally
 from seqfed.server.live import Live, Work, revive
 from seqfed.server.round import ACTIVE, ENDED, Phase, Run
 from seqfed.server.settings import ServerSettings
@@ -56,6 +65,7 @@ class _Item:
     event: machine.Event
     update: UpdateRow | None = None
     answer: asyncio.Future[None] | None = None
+    by: str = ""  # who asks for it, for the audit log
 
 
 @dataclass
@@ -67,6 +77,11 @@ class _Batch:
     updates: list[UpdateRow] = field(default_factory=list)
     effects: list[machine.Effect] = field(default_factory=list)
     refused: list[tuple[_Item, Exception]] = field(default_factory=list)
+
+    @property
+    def by(self) -> str:
+        """The operator who has asked for a step of it, if one has."""
+        return next((one.by for one in self.taken if one.by), "")
 
     def committed(self) -> None:
         if self.updates:
@@ -82,7 +97,20 @@ class Coordinator:
         self.store = store
         self.settings = settings
         self.hub = Hub(settings.max_clients, self._client_changed)
-        self.intake = Intake(settings.uploads_in_flight, settings.uploads_waiting, settings.upload_stall_s)
+        patience = Patience(settings.upload_stall_s, settings.upload_bytes_per_s)
+        self.intake = Intake(
+            settings.uploads_in_flight, settings.uploads_waiting, patience, settings.uploads_per_client
+        )
+        self.audit = Audit(store.note, store.audit_head, settings.refusals_per_minute)
+        self.access = Access(
+            secure=settings.tls is not None,
+            per_s=settings.calls_per_s,
+            burst=settings.calls_burst,
+            open_calls=settings.calls_open,
+            max_metadata=settings.max_metadata_bytes,
+            refused=self.audit.refused,
+        )
+        self._ca: bytes | None = None  # the federation's, once it was needed
         self.lives: dict[str, Live] = {}
         self._items: deque[_Item] = deque()
         self._put_off: dict[str, list[_Item]] = {}  # by run: events for a store that could not take the first of them
@@ -101,6 +129,7 @@ class Coordinator:
     async def take_up(self) -> None:
         """Take up what the store holds; before anybody can call, so that nobody who comes is overlooked."""
         self._known = {one.client for one in await asyncio.to_thread(self.store.clients)}
+        self.access.remember(await asyncio.to_thread(self.store.revoked))
         for stored in await asyncio.to_thread(self.store.runs):
             live = self.lives[stored.run] = revive(stored)
             if live.state.phase not in ENDED:
@@ -117,6 +146,7 @@ class Coordinator:
 
     async def run(self) -> None:
         """Work until `close`."""
+        self.audit.start()
         self.schedule()
         while True:
             while self._items:
@@ -124,6 +154,7 @@ class Coordinator:
                 self.schedule()
             if self.closing:
                 await self.tidied()
+                await self.audit.close()
                 return
             self._wake.clear()
             await self._wake.wait()
@@ -144,10 +175,10 @@ class Coordinator:
     def _post(self, live: Live, event: machine.Event) -> None:
         self._put(_Item(live.run, event))
 
-    async def ask(self, live: Live, event: machine.Event, update: UpdateRow | None = None) -> None:
+    async def ask(self, live: Live, event: machine.Event, update: UpdateRow | None = None, by: str = "") -> None:
         """Post an event and wait until it is committed; raises the machine's or the store's refusal."""
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._put(_Item(live.run, event, update, answer))
+        self._put(_Item(live.run, event, update, answer, by))
         await answer
 
     def _put(self, item: _Item) -> None:
@@ -169,7 +200,7 @@ class Coordinator:
         effects = batch.effects
         try:
             if batch.taken:
-                await self._commit(live, batch.state, effects, batch.updates)
+                await self._commit(live, batch.state, effects, batch.updates, by=batch.by)
                 batch.committed()
         except Exception as error:  # noqa: BLE001 - the callers get it, or the log
             batch.refused += [(one, error) for one in batch.taken]
@@ -214,7 +245,10 @@ class Coordinator:
         elif item.update is not None:
             known = live.updates.get(item.update.client)
             if known is None or known.digest != item.update.digest:
-                self._tidy(live, [item.update])  # here, where every refusal is heard of: who asked may be gone
+                # Here, where every refusal is heard of: who asked may be gone. And before it is told, or it might send again.
+                one = item.update
+                path = self.store.update_path(live.run, one.base, one.client, one.digest)
+                await asyncio.to_thread(path.unlink, missing_ok=True)
         if item.answer is not None:
             if not item.answer.done():
                 item.answer.set_exception(refusal)
@@ -267,6 +301,7 @@ class Coordinator:
         effects: Sequence[machine.Effect],
         updates: Sequence[UpdateRow],
         model: ModelFile | None = None,
+        by: str = "",
     ) -> None:
         """Make the new state durable with what the events brought, then true; if that fails, nothing has changed."""
         before, now = live.state, (asyncio.get_running_loop().time(), live.bytes_up, live.bytes_down)
@@ -279,8 +314,9 @@ class Coordinator:
         if record is not None or state.phase in ENDED:
             columns |= {"bytes_up": live.bytes_up, "bytes_down": live.bytes_down}
         if replace(state, present=before.present) != before:
+            notes = _notes(live, state, effects, model, record, by)
             await asyncio.to_thread(
-                self.store.commit, live.run, state, updates=updates, model=model, record=record, **columns
+                self.store.commit, live.run, state, updates=updates, model=model, record=record, notes=notes, **columns
             )
         live.state, live.trouble = state, ""
         live.started = columns.get("started", live.started)
@@ -438,7 +474,8 @@ class Coordinator:
             scale = 1.0 if bound is None else fedavg.shrink(fedavg.norm(_numbers(path)), bound)
             if scale < 1.0:
                 live.log(update.client).info("its update is scaled down to %.3g of itself (max_norm)", scale)
-            fedavg.fold(live.sum, live.weight(update.weight, live.state.round - update.base), _numbers(path), scale)
+            scale *= live.staleness(live.state.round - update.base)
+            fedavg.fold(live.sum, live.weight(update.weight), _numbers(path), scale)
 
     async def _commit_model(self, live: Live) -> None:
         model = await asyncio.to_thread(self._write_model, live)
@@ -532,7 +569,7 @@ class Coordinator:
     def _task(self, live: Live, kind: views.TaskKind, round_: int | None = None) -> views.Task:
         key = views.TaskKey(live.run, live.state.round if round_ is None else round_, live.state.attempt)
         version = views.ModelVersion(live.version, live.layout.nbytes, live.model.digest, live.layout.digest)
-        return views.Task(kind, key, live.spec, version)
+        return views.Task(kind, key, live.spec, version, live.signed.signature, live.signed.certificate)
 
     def _with_model(self, live: Live, client: str, task: views.Task) -> views.Task:
         """The task with its model, where that is one chunk and new to the client: it spares each of them a call."""
@@ -590,8 +627,10 @@ class Coordinator:
         return SPREAD * len(self._known) / self.settings.joins_per_s
 
     def model_file(self, client: str, run: str, version: int) -> tuple[ModelFile, Callable[[int], None]]:
-        """A model that clients may still need, and what must hear of the bytes sent of it."""
+        """A model that this client may still need, and what must hear of the bytes sent of it."""
         live = self._live(run)
+        if client not in live.state.cohort and all(name != client for name, _ in live.state.working):
+            raise WrongRound(f"client '{client}' is not asked for anything by run {run}, so it gets no model of it")
         model = live.model if version == live.version else live.older.get(version)
         if model is None:
             raise NoModel(f"model version {version} of run {run} is not served; the current one is {live.version}")
@@ -653,8 +692,10 @@ class Coordinator:
 
         row = UpdateRow(client, base, base, header.weight, header.digest, dict(header.tally), header.training_seconds)
         path = self.store.update_path(live.run, base, client, header.digest)
-        weight, cohort = live.weight(row.weight, 0), max(1, len(live.state.cohort) + len(live.state.owing))
-        await self.intake.receive(client, header, live.layout, weight, cohort, path, chunks, meter, live.spec.aggregation)
+        weight, cohort = live.weight(row.weight), max(1, len(live.state.cohort) + len(live.state.owing))
+        await self.intake.receive(
+            client, header, live.layout, weight, cohort, path, chunks, meter, live.spec.aggregation
+        )
         points.reached("update-placed")
         work = live.work.get(client)
         seconds = asyncio.get_running_loop().time() - work.asked if work is not None else None
@@ -680,11 +721,24 @@ class Coordinator:
         return False
 
     async def report_failure(self, client: str, key: views.TaskKey, why: str) -> None:
-        """Note that a client cannot do its task."""
+        """Note that a client cannot do its task; `why` begins with the name of its error."""
         live = self._live(key.run)
         live.log(client).warning("%s", why)
-        await self.ask(live, machine.TaskFailed(key.round, client, why))
+        await self.ask(live, machine.TaskFailed(key.round, client, why, lasting=why.partition(":")[0] in LASTING))
         self.hub.done(client)
+
+    def signer(self, data: bytes, signature: bytes, certificate: bytes) -> Identity:
+        """Who has signed these data, with a certificate of this federation that is good now.
+
+        Raises NotAllowed or Unauthenticated.
+        """
+        if self._ca is None:
+            assert self.settings.tls is not None  # in plaintext nobody asks
+            self._ca = load_credentials(self.settings.tls).ca
+        found = signing.verify(certificate, self._ca, data, signature, identity.now())
+        if self.access.is_revoked(found):
+            raise Unauthenticated(f"the certificate of {found}, which signed this, was revoked")
+        return found
 
     def _live(self, run: str) -> Live:
         try:
@@ -693,10 +747,51 @@ class Coordinator:
             raise UnknownRun(f"no run has the id '{run[:80]}'") from None
 
 
+# What a client says of the run and not of this task: asked again, it would say the same.
+LASTING = frozenset(
+    one.__name__ for one in (PolicyRefused, SchemaMismatch, LayoutMismatch, ConfigError, VersionMismatch)
+)
+
 ASKS: Mapping[Phase, views.TaskKind] = {
     Phase.TRAINING: views.TaskKind.TRAIN,
     Phase.EVALUATING: views.TaskKind.EVALUATE,
 }
+
+
+def _notes(
+    live: Live,
+    state: Run,
+    effects: Iterable[machine.Effect],
+    model: ModelFile | None,
+    record: views.RoundRecord | None,
+    by: str,
+) -> list[Note]:
+    """What the audit log is to say of a step from the live state to this one."""
+    before, notes = live.state, list[Note]()
+
+    def note(kind: Kind, **body: object) -> None:
+        notes.append(Note(kind, {"run": live.run, **body}))
+
+    if model is not None and record is not None:
+        note(Kind.COMMITTED, round=record.round, model=model.digest.hex(), folded=record.folded)
+    if state.phase is Phase.TRAINING and _asked(state) != _asked(before):
+        clients = [name for one in effects if isinstance(one, machine.Ask) for name in one.clients]
+        note(Kind.COHORT, round=state.round, attempt=state.attempt, clients=clients)
+    if state.phase is before.phase:
+        return notes
+    if state.phase is Phase.PAUSED:
+        note(Kind.PAUSED, by=by, reason=state.reason)
+    elif before.phase is Phase.PAUSED and state.phase is Phase.QUEUED:
+        note(Kind.RESUMED, by=by)
+    elif state.phase is Phase.STOPPED:
+        note(Kind.STOPPED, by=by)
+    elif state.phase in ENDED:
+        note(Kind.ENDED, phase=state.phase.value, reason=state.reason)
+    return notes
+
+
+def _asked(state: Run) -> tuple[int, int, tuple[str, ...]]:
+    return state.round, state.attempt, state.cohort
 
 
 def _folds(effects: Iterable[machine.Effect]) -> tuple[bool, list[str]]:

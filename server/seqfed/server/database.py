@@ -19,7 +19,7 @@ from sqlalchemy import exc as sqlalchemy_exc
 from seqfed.common.errors import ConfigError, SeqfedError, StorageError, StorageFull
 from seqfed.server.urls import hidden
 
-SCHEMA: Final = "0003"  # of the newest file in migrations/versions; a test holds them together
+SCHEMA: Final = "0004"  # of the newest file in migrations/versions; a test holds them together
 BUSY_S: Final = 10  # that a statement waits for another's lock
 POSTGRES: Final = {
     "connect_timeout": 5,
@@ -98,12 +98,20 @@ class Database:
             return None
         return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
 
+    def has(self, table: str) -> bool:
+        """Whether there is a table of this name."""
+        with self.reading() as connection:
+            return sa.inspect(connection).has_table(table)
+
     def close(self) -> None:
         self._engine.dispose()
 
 
-def open_database(folder: Path, url: str | None) -> Database:
-    """The database at this URL, or the one in the state folder, at this version's schema; raises ConfigError, StorageError."""
+def open_database(folder: Path, url: str | None, *, migrate: bool = True) -> Database:
+    """The database at this URL, or the one in the state folder, at this version's schema; raises ConfigError, StorageError.
+
+    Without `migrate` it is left as it is, whichever version it is of: for who only reads.
+    """
     if url is None:
         engine = sa.create_engine(f"sqlite:///{folder / 'seqfed.db'}")
         event.listen(engine, "connect", _prepare_sqlite)
@@ -112,7 +120,8 @@ def open_database(folder: Path, url: str | None) -> Database:
     else:
         database = _postgres(url)
     try:
-        database.migrate()
+        if migrate:
+            database.migrate()
     except BaseException:
         database.close()
         raise

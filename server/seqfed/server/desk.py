@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from seqfed.common import checkpoint, views
+from seqfed.common import checkpoint, views, wire
 from seqfed.common.checkpoint import ModelFile
-from seqfed.common.errors import RunEnded, TooLarge, UnknownRun
+from seqfed.common.errors import IllegalTransition, InvalidName, RunEnded, TooLarge, UnknownRun
 from seqfed.common.metrics import require_metric
 from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.spec import RunSpec
 from seqfed.server import round as machine
+from seqfed.server.audit import PAGE, Kind, Note
 from seqfed.server.coordinator import ASKS, Coordinator
 from seqfed.server.explain import explain
 from seqfed.server.live import Live, Work
 from seqfed.server.round import ACTIVE, ENDED, Run
+from seqfed.server.store import UNSIGNED, KnownClient, Signed
+
+log = logging.getLogger("seqfed.server")
 
 # Clients named in one message to a watcher, each twice: 1 MB at 64 letters a name; gRPC stops at 4.
 HISTORY_NAMES = 8_000
+REVOCABLE = ("operator", "viewer")  # before a name that is not a client's
 
 
 class Desk:
@@ -31,7 +37,7 @@ class Desk:
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
 
-    async def submit(self, spec: RunSpec, initial: Path | None) -> views.RunView:
+    async def submit(self, spec: RunSpec, initial: Path | None, signed: Signed = UNSIGNED) -> views.RunView:
         """Queue a run, from its seed or from a safetensors checkpoint.
 
         Raises CheckpointError if that is another model, ConfigError if the run's task lacks its convergence metric.
@@ -49,35 +55,42 @@ class Desk:
             parameters = initial_parameters(spec) if initial is None else checkpoint.load(initial, layout)
             metadata = {"run": run, "round": "0", "spec": spec.canonical.decode(), "spec_digest": spec.digest}
             model = checkpoint.save(self._coordinator.store.model_path(run, 0), parameters, metadata)
-            self._coordinator.store.create(run, spec, model)
+            body = {"run": run, "name": spec.name, "spec": spec.digest, "operator": signed.operator}
+            self._coordinator.store.create(run, spec, model, signed, [Note(Kind.SUBMITTED, body)])
             return model
 
         model = await asyncio.to_thread(prepare)
-        live = Live(run, spec, layout, Run(), model, 0, None, None, 0, 0, {})
+        live = Live(run, spec, layout, Run(), model, 0, None, None, 0, 0, {}, signed=signed)
         self._coordinator.lives[run] = live
         live.log().info("submitted: '%s', %d parameters, %d rounds", spec.name, layout.size, spec.rounds)
         self._coordinator.schedule()
         return self.view(live)
 
-    async def stop(self, run: str) -> views.RunView:
-        """End a run; raises RunEnded if it has ended."""
-        return await self._operate(run, machine.StopRequested())
+    async def stop(self, run: str, by: str = "") -> views.RunView:
+        """End a run; raises RunEnded if it has ended. `by`: who says so, for the audit log."""
+        return await self._operate(run, machine.StopRequested(), by)
 
-    async def pause(self, run: str) -> views.RunView:
+    async def pause(self, run: str, by: str = "") -> views.RunView:
         """Let a run rest; raises RunEnded if it has ended, IllegalTransition if it rests already."""
-        return await self._operate(run, machine.PauseRequested())
+        return await self._operate(run, machine.PauseRequested(), by)
 
-    async def resume(self, run: str) -> views.RunView:
+    async def resume(self, run: str, by: str = "") -> views.RunView:
         """Queue a paused run again; raises RunEnded if it has ended, IllegalTransition if it is not paused."""
-        view = await self._operate(run, machine.ResumeRequested())
+        view = await self._operate(run, machine.ResumeRequested(), by)
         self._coordinator.schedule()
         return view
 
-    async def _operate(self, run: str, event: machine.Event) -> views.RunView:
+    async def _operate(self, run: str, event: machine.Event, by: str) -> views.RunView:
         live = self.find(run)
         if live.state.phase in ENDED:
             raise RunEnded(f"run {live.run} is over already: {live.state.reason}")
-        await self._coordinator.ask(live, event)
+        try:
+            await self._coordinator.ask(live, event, by=by)
+        except IllegalTransition:
+            what = (
+                "only a paused run can be resumed" if isinstance(event, machine.ResumeRequested) else "it rests already"
+            )
+            raise IllegalTransition(f"run {live.run} is {live.state.phase.value}: {what}") from None
         return self.view(live)
 
     def find(self, run: str) -> Live:
@@ -156,24 +169,47 @@ class Desk:
 
     async def clients(self) -> list[views.ClientView]:
         """Every client that was ever here."""
-        now = time.time()
-        found = []
-        for known in await asyncio.to_thread(self._coordinator.store.clients):
-            connection = self._coordinator.hub.get(known.client)
-            task = connection.task if connection is not None else None
-            found.append(
-                views.ClientView(
-                    client=known.client,
-                    connected=connection is not None,
-                    seconds=now
-                    - (
-                        connection.since
-                        if connection is not None
-                        else self._coordinator.seen.get(known.client, known.seen)
-                    ),
-                    task=f"{task.kind.value} in round {task.key.round} of {task.key.run}" if task is not None else "",
-                    schema=connection.schema if connection is not None else known.schema,
-                    software=connection.software if connection is not None else known.software,
-                )
+        return [self._client(known) for known in await asyncio.to_thread(self._coordinator.store.clients)]
+
+    def _client(self, known: KnownClient) -> views.ClientView:
+        connection = self._coordinator.hub.get(known.client)
+        task = connection.task if connection is not None else None
+        since = connection.since if connection is not None else self._coordinator.seen.get(known.client, known.seen)
+        return views.ClientView(
+            client=known.client,
+            connected=connection is not None,
+            seconds=time.time() - since,
+            task=f"{task.kind.value} in round {task.key.round} of {task.key.run}" if task is not None else "",
+            schema=connection.schema if connection is not None else known.schema,
+            software=connection.software if connection is not None else known.software,
+            revoked=self._coordinator.access.revoked_at(known.client) is not None,
+        )
+
+    # Who belongs, and what was done -------------------------------------------------------------------------------
+
+    async def revoke(self, client: str, reason: str, by: str) -> views.ClientView:
+        """Make worthless what was issued to this client so far, and end what it has open; also one that was never here.
+
+        client: a client's name; or operator:NAME, viewer:NAME. Raises InvalidName.
+        """
+        role, _, name = client.rpartition(":")
+        if role not in ("", *REVOCABLE):
+            raise InvalidName(
+                f"{wire.clean(client, 80)!r}: write a client's name, or {' or '.join(REVOCABLE)}, a colon, a name"
             )
-        return found
+        wire.check_client_name(name)
+        at = time.time()
+        note = Note(Kind.REVOKED, {"client": client, "by": by, "reason": reason}, at)
+        await asyncio.to_thread(self._coordinator.store.revoke, client, at, reason, [note])
+        self._coordinator.access.revoke(client, at)
+        if not role:
+            self._coordinator.hub.dismiss(client)
+        log.info("revoked what was issued to %s: %s", client, reason or "no reason given")
+        known = {one.client: one for one in await asyncio.to_thread(self._coordinator.store.clients)}
+        if client in known:
+            return replace(self._client(known[client]), revoked=True)
+        return views.ClientView(client, False, 0.0, "", None, "", revoked=True)
+
+    def audit(self, after: int) -> list[views.AuditEntry]:
+        """The next entries of the audit log, blocking."""
+        return self._coordinator.store.audit(after, PAGE)

@@ -7,7 +7,7 @@ from typing import Final
 
 from seqfed.common.spec import RunSpec
 from seqfed.common.views import Stage, TaskView
-from seqfed.server.round import ENDED, Phase, Run
+from seqfed.server.round import ENDED, Phase, Run, refusals
 
 QUIET_S: Final = 15.0  # a client that works says so every 5 s, so after three times that its silence is news
 
@@ -30,6 +30,7 @@ def explain(
     if run.phase in ENDED or run.phase is Phase.PAUSED:
         return run.reason
     before = f" (before: {run.reason})" if run.reason else ""
+    before = f"; {refusals(run)}{before}" if run.declined else before
     match run.phase:
         case Phase.QUEUED | Phase.GATHERING:
             missing = spec.cohort.required - len(fitting)

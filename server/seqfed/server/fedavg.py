@@ -6,10 +6,14 @@ decentralized data", Algorithm 1): the new global model is the old one plus the 
 The sum is kept in integers (`seqfed.common.fixedpoint`), so the result is the same to the last bit whatever order the
 updates arrive in. Each update is checked wholly before it is folded, and folded in pieces, so that memory is one int64
 vector, however many clients there are; the first update is written over whatever that vector held.
+
+Where a run bounds the norm of an update, d_k = w_k - w_t counts as d_k min(1, C / |d_k|) with the bound C: however far one
+client goes, it moves the sum by n_k C at most (Sun et al. 2019, "Can you really backdoor federated learning?").
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -63,16 +67,56 @@ def check(weight: int, highest: float, cohort: int) -> None:
         )
 
 
-def fold(sum_: WeightedSum, weight: int, delta: Iterable[Flat]) -> None:
-    """Add one checked update: `delta` yields consecutive parts of its flat vector, float32.
+class Norm:
+    """The L2 norm of a vector that comes in parts: the same bits however it is cut, since it is summed in pieces of its own."""
+
+    def __init__(self) -> None:
+        self._squares = 0.0  # of all whole pieces
+        self._rest = np.empty(0, np.float32)  # of a piece that is not whole yet
+
+    def add(self, numbers: Flat) -> None:
+        """The vector's next numbers, finite."""
+        if len(self._rest):
+            numbers = np.concatenate((self._rest, numbers))
+        whole = len(numbers) - len(numbers) % PIECE
+        for start in range(0, whole, PIECE):
+            self._squares += _squares(numbers[start : start + PIECE])
+        self._rest = numbers[whole:].copy()
+
+    @property
+    def value(self) -> float:
+        return math.sqrt(self._squares + _squares(self._rest))
+
+
+def _squares(numbers: Flat) -> float:
+    """Their squares' sum in float64; not a dot product, whose order is the BLAS library's and the processor's."""
+    return float(np.add.reduce(np.square(numbers, dtype=np.float64)))
+
+
+def norm(delta: Iterable[Flat]) -> float:
+    """The L2 norm of the vector in these parts."""
+    found = Norm()
+    for part in delta:
+        found.add(part)
+    return found.value
+
+
+def shrink(length: float, bound: float) -> float:
+    """What to multiply a vector of this length with so that it is `bound` long at most."""
+    return bound / length if length > bound else 1.0
+
+
+def fold(sum_: WeightedSum, weight: int, delta: Iterable[Flat], scale: float = 1.0) -> None:
+    """Add one checked update, times `scale`: `delta` yields consecutive parts of its flat vector, float32.
 
     Precondition: `check` passed for it. Raises LayoutMismatch if the parts are too few or too many; the sum is then void.
     """
+    share = weight * scale
     start = 0
     for part in delta:
         if start + len(part) > len(sum_.total):
             raise LayoutMismatch(f"an update has more than the model's {len(sum_.total):,} parameters")
-        accumulate(sum_.total[start : start + len(part)], part, weight, first=sum_.weight == 0)
+        accumulate(sum_.total[start : start + len(part)], part, share, first=sum_.weight == 0)
         start += len(part)
     if start != len(sum_.total):
         raise LayoutMismatch(f"an update has {start:,} of the model's {len(sum_.total):,} parameters")

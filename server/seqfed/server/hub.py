@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from seqfed.common.errors import NameTaken, Overloaded, UnknownSession
@@ -76,6 +76,16 @@ class Hub:
             del self._by_name[idle.client]
             del self._by_session[idle.session]
 
+    def dismiss(self, client: str) -> None:
+        """End the client's session; it may join again."""
+        connection = self._by_name.get(client)
+        if connection is not None:
+            self._by_session.pop(connection.session, None)
+            if connection.listening:
+                connection.tasks.put_nowait(None)  # its stream then ends, and is missed
+            else:
+                del self._by_name[client]
+
     def connection(self, session: str) -> Connection:
         """The session's connection; raises UnknownSession."""
         try:
@@ -92,7 +102,7 @@ class Hub:
         """All that listen, by name."""
         return [one for _, one in sorted(self._by_name.items()) if one.listening]
 
-    async def listen(self, session: str) -> AsyncIterator[Task]:
+    async def listen(self, session: str) -> AsyncGenerator[Task, None]:
         """The tasks of this session as they come, until it is replaced or the caller stops listening."""
         connection = self.connection(session)
         connection.listening = True

@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import math
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
@@ -20,28 +22,42 @@ from seqfed.common.errors import (
     BrokenTransfer,
     LayoutMismatch,
     Overloaded,
+    RateLimited,
     TooLarge,
     UpdateOutOfRange,
     storage_error,
 )
 from seqfed.common.layout import BYTES_PER_PARAMETER, Layout
 from seqfed.common.metrics import TRAINED
+from seqfed.common.spec import AggregationSpec
 from seqfed.common.transfer import Reassembly
 from seqfed.common.views import UpdateHeader
 from seqfed.server import fedavg
 
 MAX_TOTAL: Final = 1 << 62  # of a cohort's tallies: they travel on as 64-bit integers
+UNBOUNDED: Final = AggregationSpec()
+MIN_CHUNK_BYTES: Final = 4 << 10  # but for the last one; smaller ones would cost more than they bring
 _GIVEN_UP: Final = "this upload was given up: its round is over, or another one took its place"
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How slow an upload may be: seconds without a chunk, and bytes a second over so many seconds; 0: any."""
+
+    stall_s: float
+    bytes_per_s: int = 0
 
 
 class Part:
     """An update that is not complete yet."""
 
-    def __init__(self, header: UpdateHeader, path: Path) -> None:
+    def __init__(self, header: UpdateHeader, path: Path, rule: AggregationSpec) -> None:
         self.header = header
         self.path = path
         self.reassembly = Reassembly(header.nbytes, header.digest, self._sink)
         self.highest = 0.0  # max |delta| so far
+        self._clip, self._bound = rule.clips_at, rule.refuses_above
+        self._norm = None if self._bound is None else fedavg.Norm()
         self.lock = asyncio.Lock()
         self.dropped = False
         self.done = False
@@ -58,6 +74,7 @@ class Part:
         """Add the next chunk; after the last one check the whole and put it in place. Raises what is wrong."""
         if self.dropped:
             raise BrokenTransfer(_GIVEN_UP)
+        require_size(self.reassembly, data)
         self.reassembly.add(offset, data)
         if self.reassembly.received == self.header.nbytes:
             self._finish(weight, cohort, final)
@@ -66,7 +83,10 @@ class Part:
     def _sink(self, _: int, data: bytes) -> None:
         if len(data) % BYTES_PER_PARAMETER:
             raise BrokenTransfer(f"a chunk has {len(data):,} bytes, not whole float32 numbers")
-        self.highest = max(self.highest, fedavg.peak(np.frombuffer(data, "<f4")))
+        numbers = np.frombuffer(data, "<f4")
+        self.highest = max(self.highest, fedavg.peak(numbers))
+        if self._norm is not None:
+            self._norm.add(numbers)
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,13 +97,22 @@ class Part:
 
     def _finish(self, weight: int, cohort: int, final: Path) -> None:
         self.reassembly.finish()
-        fedavg.check(weight, self.highest, cohort)
+        self.check(weight, cohort)
         assert self._file is not None  # a layout has at least one parameter, so at least one chunk came
         try:
             self.close()
             self.path.replace(final)
         except OSError as error:
             raise storage_error(error, "keeping an update") from error
+
+    def check(self, weight: int, cohort: int) -> None:
+        """Raise UpdateOutOfRange unless the whole update, so weighted and scaled to the run's norm, fits its sum."""
+        if self._norm is not None and self._bound is not None and self._norm.value > self._bound:
+            raise UpdateOutOfRange(
+                f"an update has the norm {self._norm.value:.6g}; the run takes {self._bound:.6g} at most "
+                "(aggregation.max_norm); lower the learning rate, or train for fewer steps"
+            )
+        fedavg.check(weight, self.highest if self._clip is None else min(self.highest, self._clip), cohort)
 
     def close(self) -> None:
         if self._file is not None:
@@ -105,13 +134,15 @@ class Part:
 class Intake:
     """The incomplete updates of all clients, at most `in_flight` of them moving at the same time.
 
-    One from which nothing comes for `stall_s` seconds is broken off, as by a lost connection: it keeps others waiting, of
-    which there are at most `waiting`.
+    One that is slower than `patience` has it is broken off, as by a lost connection: it keeps others waiting, of which there
+    are at most `waiting`. One client has at most `each`, so that it cannot take all places.
     """
 
-    def __init__(self, in_flight: int, waiting: int, stall_s: float) -> None:
+    def __init__(self, in_flight: int, waiting: int, patience: Patience, each: int = 4) -> None:
         self._moving = asyncio.Semaphore(in_flight)
-        self._stall_s = stall_s
+        self._patience = patience
+        self._each = each
+        self._of: Counter[str] = Counter()  # uploads that move or wait, by client
         self._most = in_flight + waiting
         self._here = 0  # uploads that move or wait
         self._own = secrets.token_hex(
@@ -134,21 +165,30 @@ class Intake:
         final: Path,
         chunks: AsyncIterator[tuple[int, bytes]],
         meter: Callable[[int], None],
+        rule: AggregationSpec = UNBOUNDED,
     ) -> None:
         """Take the chunks of one update until it is whole, checked, and in its place, `final`.
 
-        `weight`: what it will be folded with, as one of `cohort`. `meter` hears of the bytes of each chunk. Raises the
-        typed error for whatever is wrong, Overloaded if too many wait; after a mere break what has come is kept, after
-        anything else it is dropped.
+        `weight`: what it will be folded with, as one of `cohort`. `meter` hears of the bytes of each chunk. `rule`: what
+        the run allows an update. Raises the typed error for whatever is wrong, Overloaded if too many wait; after a mere
+        break what has come is kept, after anything else it is dropped.
         """
         check_header(header, layout, cohort)
         if self._here >= self._most:
             raise Overloaded(f"{self._here:,} uploads wait for room (uploads_waiting); try again later")
+        if self._of[client] >= self._each:
+            raise RateLimited(
+                f"client '{client}' has {self._each:,} uploads under way, the limit (uploads_per_client); broken ones end soon"
+            )
         self._here += 1
+        self._of[client] += 1
         try:
-            await self._receive((header.key.run, client), header, weight, cohort, final, chunks, meter)
+            await self._receive((header.key.run, client), header, weight, cohort, final, chunks, meter, rule)
         finally:
             self._here -= 1
+            self._of[client] -= 1
+            if not self._of[client]:
+                del self._of[client]
 
     async def _receive(
         self,
@@ -159,21 +199,22 @@ class Intake:
         final: Path,
         chunks: AsyncIterator[tuple[int, bytes]],
         meter: Callable[[int], None],
+        rule: AggregationSpec,
     ) -> None:
         async with self._moving:
-            part = self._continue(place, header, final)
+            part = self._continue(place, header, final, rule)
             async with part.lock:
                 try:
                     if not part.done:  # it is if an earlier call was cut off between the last byte and its answer
                         part.expect(header.offset)
-                        async for offset, data in _unstalled(chunks, self._stall_s):
+                        async for offset, data in _unstalled(chunks, self._patience):
                             meter(len(data))
                             part.take(offset, data, weight, cohort, final)
                     if not part.done:
                         raise BrokenTransfer(
                             f"the stream ended at byte {part.reassembly.received:,} of {header.nbytes:,}; go on from there"
                         )
-                    fedavg.check(weight, part.highest, cohort)
+                    part.check(weight, cohort)
                 except (BrokenTransfer, asyncio.CancelledError):
                     raise
                 except BaseException:
@@ -185,13 +226,13 @@ class Intake:
                         self._let_go(place, part)
                 self._let_go(place, part)
 
-    def _continue(self, place: tuple[str, str], header: UpdateHeader, final: Path) -> Part:
+    def _continue(self, place: tuple[str, str], header: UpdateHeader, final: Path, rule: AggregationSpec) -> Part:
         part = self._parts.get(place)
         if part is None or part.header.digest != header.digest or part.header.key.round != header.key.round:
             if part is not None:
                 part.drop()
             mark = header.digest.hex()[:16]  # one that is given up may still be at work on its own file
-            part = self._parts[place] = Part(header, final.with_name(f"{final.name}.{mark}.{self._own}.part"))
+            part = self._parts[place] = Part(header, final.with_name(f"{final.name}.{mark}.{self._own}.part"), rule)
         return part
 
     def _let_go(self, place: tuple[str, str], part: Part) -> None:
@@ -204,8 +245,10 @@ class Intake:
             self._parts.pop(place).drop()
 
 
-async def _unstalled(chunks: AsyncIterator[tuple[int, bytes]], stall_s: float) -> AsyncIterator[tuple[int, bytes]]:
-    """The chunks; raises BrokenTransfer when none comes for so many seconds."""
+async def _unstalled(chunks: AsyncIterator[tuple[int, bytes]], patience: Patience) -> AsyncIterator[tuple[int, bytes]]:
+    """The chunks; raises BrokenTransfer when none comes for too long, or too little in all."""
+    clock, stall_s = asyncio.get_running_loop().time, patience.stall_s
+    began, came = clock(), 0
     while True:
         try:
             async with asyncio.timeout(stall_s):
@@ -216,7 +259,24 @@ async def _unstalled(chunks: AsyncIterator[tuple[int, bytes]], stall_s: float) -
             raise BrokenTransfer(
                 f"nothing came for {stall_s:g} s; go on with the upload when the line carries it"
             ) from None
+        came += len(chunk[1])
+        if (passed := clock() - began) >= stall_s:
+            if came < patience.bytes_per_s * passed:
+                raise BrokenTransfer(
+                    f"{came:,} bytes came in {passed:.1f} s, less than {patience.bytes_per_s:,} a second "
+                    "(upload_bytes_per_s); go on with the upload when the line carries it"
+                )
+            began, came = clock(), 0
         yield chunk
+
+
+def require_size(into: Reassembly, data: bytes) -> None:
+    """Raise BrokenTransfer if this chunk is not worth its message: a billion of one byte would be a model too."""
+    if len(data) < min(MIN_CHUNK_BYTES, into.total - into.received):
+        raise BrokenTransfer(
+            f"a chunk of {len(data):,} bytes came at byte {into.received:,} of {into.total:,}; "
+            f"all but the last have {MIN_CHUNK_BYTES:,} at least"
+        )
 
 
 def check_header(header: UpdateHeader, layout: Layout, cohort: int) -> None:
@@ -248,7 +308,9 @@ def check_tally(tally: Mapping[str, int], cohort: int, names: Collection[str]) -
             )
 
 
-async def receive_file(path: Path, total: int, digest: bytes, chunks: AsyncIterator[tuple[int, bytes]]) -> None:
+async def receive_file(
+    path: Path, total: int, digest: bytes, chunks: AsyncIterator[tuple[int, bytes]], patience: Patience
+) -> None:
     """Receive a whole file; raises the typed error for whatever is wrong with it. The caller removes it."""
     with path.open("wb", buffering=0) as file:
 
@@ -259,6 +321,7 @@ async def receive_file(path: Path, total: int, digest: bytes, chunks: AsyncItera
                 raise storage_error(error, "receiving a checkpoint") from error
 
         reassembly = Reassembly(total, digest, sink)
-        async for offset, data in chunks:
+        async for offset, data in _unstalled(chunks, patience):
+            require_size(reassembly, data)
             reassembly.add(offset, data)
         reassembly.finish()

@@ -7,7 +7,6 @@ import logging
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final
 
 from seqfed.common import logs, views
 from seqfed.common.checkpoint import ModelFile
@@ -16,13 +15,9 @@ from seqfed.common.metrics import names
 from seqfed.common.spec import RunSpec
 from seqfed.server import fedavg
 from seqfed.server.round import Run
-from seqfed.server.store import StoredRun, UpdateRow
+from seqfed.server.store import UNSIGNED, Signed, StoredRun, UpdateRow
 
 log = logging.getLogger("seqfed.server")
-
-FRESH: Final = (
-    256  # what an update of the round itself weighs where late ones weigh less: in whole numbers, so sums stay exact
-)
 
 
 @dataclass
@@ -61,6 +56,7 @@ class Live:
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # replaced at every change
     fits: tuple[int, list[str], dict[str, str]] = (-1, [], {})  # see `Coordinator.fits`
     trouble: str = ""  # why the store does not take its next step, while it does not
+    signed: Signed = UNSIGNED
 
     @cached_property
     def sums(self) -> frozenset[str]:
@@ -80,12 +76,14 @@ class Live:
         if self.telling is None:
             self.telling = asyncio.get_running_loop().call_later(seconds, self.tell)
 
-    def weight(self, examples: int, age: int) -> int:
-        """What an update of so many examples counts, `age` rounds after its own: (1 + age)^-a of a fresh one."""
-        own = examples if self.spec.aggregation.weighting == "examples" else 1
-        if not self.spec.folds_late:
-            return own
-        return own * max(1, round(FRESH * math.pow(1 + age, -self.spec.cohort.staleness)))
+    def weight(self, examples: int) -> int:
+        """What an update of so many examples counts in the mean; never more than the run allows one (max_weight)."""
+        rule = self.spec.aggregation
+        return min(examples, rule.max_weight or examples) if rule.weighting == "examples" else 1
+
+    def staleness(self, age: int) -> float:
+        """What an update is scaled down to that is so many rounds late: (1 + age)^-a (Nguyen et al. 2022, section 5)."""
+        return math.pow(1 + age, -self.spec.cohort.staleness)
 
     def log(self, client: str = "") -> logging.LoggerAdapter[logging.Logger]:
         """For lines about this run."""
@@ -107,4 +105,5 @@ def revive(stored: StoredRun) -> Live:
         stored.bytes_down,
         {one.client: one for one in stored.updates},
         record=stored.record,
+        signed=stored.signed,
     )

@@ -13,10 +13,12 @@ Who is asked, and who is waited for:
 - A round wants `target` updates and asks a few more clients if the run over-selects; it is over when it has them, or at the
   deadline (or the grace after the quorum) with at least the quorum. A client that is silent is no longer waited for; only
   progress keeps it in, not presence.
+- Who declines a run (a data holder's policy, say) is not asked for it again until it connects anew (after a restart all
+  do) or the run is resumed. If the others are too few for a round, the run pauses and says who declines and why.
 - Who misses a round rests: for 0, 1, 3, 7, 15 rounds after so many misses in a row, unless too few others are there or it
   connects anew. So a round that is tried again has another cohort; its complete updates stay.
 - Where late updates count, whoever has not answered when a round is over goes on, `owing` it; such an update is folded into
-  the sum that is open when it comes, weighing less the older it is.
+  the sum that is open when it comes, scaled down the more the older it is.
 - An asynchronous run (FedBuff, Nguyen et al. 2022, Algorithm 1) is all that with a buffer for a target: every answer lets
   another idle client begin, whoever has not answered when the buffer is full owes, and late updates count like others.
 - Without a quorum after the last attempt the run pauses; nothing is lost, and `ResumeRequested` queues it again.
@@ -42,6 +44,7 @@ LONGEST_REST: Final = 16  # rounds
 TIMES: Final = 50  # answers that the adaptive deadline is made of
 FEWEST_TIMES: Final = 5  # before there are so many, the deadline is the fixed one
 SHORTEST_DEADLINE: Final = 1.0  # seconds: however quick the last answers were
+MOST_WORDS: Final = 300  # letters of why a client declines: they are kept, and saved at every step
 
 
 class Phase(Enum):
@@ -79,6 +82,7 @@ class Run:
     ] = ()  # (client, round of its task) of the others that are in the sum or go into the next
     owing: tuple[tuple[str, int], ...] = ()  # (client, round of its task) that may still answer an earlier round
     failed: tuple[tuple[str, str], ...] = ()  # (client, why) of this attempt
+    declined: tuple[tuple[str, str], ...] = ()  # (client, why) that will do nothing for this run
     silent: tuple[str, ...] = ()  # of the pending: nothing has been heard of their work for too long
     missed: tuple[tuple[str, int, int], ...] = ()  # (client, rounds in a row, the round in which it may be asked again)
     times: tuple[float, ...] = ()  # seconds from the task to the update, of the last answers
@@ -120,7 +124,7 @@ class Run:
     def wants(self, client: str, round_: int) -> bool:
         """Whether this client's update for its task in that round would count."""
         if (client, round_) in self.owing:
-            return self.phase in {Phase.GATHERING, Phase.TRAINING, Phase.EVALUATING}
+            return self.phase in ACTIVE  # what comes while a model is being saved is taken next
         return (
             self.phase is Phase.TRAINING
             and round_ == self.round
@@ -166,11 +170,12 @@ class EvaluationArrived:
 
 @dataclass(frozen=True)
 class TaskFailed:
-    """A client cannot do what it was asked in this round."""
+    """A client cannot do what it was asked in this round. `lasting`: nor anything else for this run."""
 
     round: int
     client: str
     why: str
+    lasting: bool = False
 
 
 @dataclass(frozen=True)
@@ -353,17 +358,31 @@ def _gather(spec: RunSpec, run: Run) -> Step:
     pool = _askable(spec, run)
     target = _target(spec, run, pool)
     if target is None:
-        return replace(run, phase=Phase.GATHERING, cohort=(), failed=(), silent=()), ()
+        waiting = replace(run, phase=Phase.GATHERING, cohort=(), failed=(), silent=())
+        if _target(spec, run, (*pool, *_declining(run))) is None:
+            return waiting, ()
+        return _suspend(replace(waiting, reason=f"round {run.round}: {refusals(run)}; `seqfed resume` asks them again"))
     return _begin_attempt(spec, replace(run, target=target), choose(spec, replace(run, target=target), pool))
 
 
 def _askable(spec: RunSpec, run: Run) -> tuple[str, ...]:
     """Who may be asked: everybody present and idle who does not rest; if these are too few, those who rest the shortest."""
-    busy = {name for name, _ in run.owing} | {name for name, _ in run.late}
+    busy = {name for name, _ in run.owing} | {name for name, _ in run.late} | _declining(run)
     until = {name: number for name, _, number in run.missed}
     idle = sorted(run.present - busy, key=lambda name: (max(until.get(name, 0), run.round), name))
     rested = sum(until.get(name, 0) <= run.round for name in idle)
     return tuple(idle[: max(rested, spec.cohort.required)])
+
+
+def _declining(run: Run) -> frozenset[str]:
+    """Who is there and does nothing for the run."""
+    return run.present & {name for name, _ in run.declined}
+
+
+def refusals(run: Run, most: int = 8) -> str:
+    """Who declines the run, and why, in words; empty if nobody does."""
+    told = [f"{name} declines: {why}" for name, why in run.declined]
+    return "; ".join((*told[:most], *((f"and {len(told) - most} more decline",) if len(told) > most else ())))
 
 
 def _target(spec: RunSpec, run: Run, pool: tuple[str, ...]) -> int | None:
@@ -371,7 +390,9 @@ def _target(spec: RunSpec, run: Run, pool: tuple[str, ...]) -> int | None:
     if len(run.present) < spec.cohort.required:
         return None
     if spec.asynchronous is not None:
-        return spec.asynchronous.buffer
+        busy = {name for name, _ in (*run.owing, *run.late)}
+        enough = len(busy.union(pool, run.folded)) >= spec.cohort.needed(spec.asynchronous.buffer)
+        return spec.asynchronous.buffer if enough else None
     size = spec.cohort.size(len(run.present))
     here = len(set(pool) | set(run.folded))
     least = min(spec.cohort.required, spec.cohort.needed(size))  # fewer than those present: some rest, or work already
@@ -465,11 +486,20 @@ def _counted(spec: RunSpec, run: Run) -> int:
 
 def _training_failed(spec: RunSpec, run: Run, event: TaskFailed) -> Step:
     if (event.client, event.round) in run.owing:
-        return _settle(spec, _owes_no_more(run, event.client))
+        return _settle(spec, _owes_no_more(_declined(run, event), event.client))
     _require_round(run, event.round, event.client)
     if event.client not in run.pending:
         return run, ()
+    run = _declined(run, event)
     return _settle(spec, replace(run, failed=(*run.failed, (event.client, event.why))))
+
+
+def _declined(run: Run, event: TaskFailed) -> Run:
+    """With the client's word that it will do nothing for the run, if that is what it says."""
+    if not event.lasting:
+        return run
+    others = tuple(one for one in run.declined if one[0] != event.client)
+    return replace(run, declined=(*others, (event.client, event.why[:MOST_WORDS])))
 
 
 def _gathering(handle: Callable[[RunSpec, Run, Any], Step]) -> Callable[[RunSpec, Run, Any], Step]:
@@ -488,7 +518,7 @@ def _gathering(handle: Callable[[RunSpec, Run, Any], Step]) -> Callable[[RunSpec
 def _owing_failed(spec: RunSpec, run: Run, event: TaskFailed) -> Step:
     if (event.client, event.round) not in run.owing:
         return _late(spec, run, event)
-    return _owes_no_more(run, event.client), ()
+    return _owes_no_more(_declined(run, event), event.client), ()
 
 
 def _owes_no_more(run: Run, client: str) -> Run:
@@ -544,6 +574,8 @@ def _refill(spec: RunSpec, run: Run) -> Step:
     if fresh:
         return replace(run, cohort=tuple(sorted((*run.cohort, *fresh)))), (Ask(tuple(sorted(fresh))),)
     if not run.awaited and not run.owing:
+        if run.declined and _counted(spec, run) >= spec.cohort.needed(run.target):
+            return _commit(spec, run, run.silent)  # nobody is left for the rest
         return _give_up(spec, run, _unanswered(spec, run), run.silent)
     return run, ()
 
@@ -570,9 +602,14 @@ def _training_deadline(spec: RunSpec, run: Run, event: DeadlinePassed) -> Step:
 
 
 def _give_up(spec: RunSpec, run: Run, why: str, missed: tuple[str, ...]) -> Step:
-    """Try the round again with another cohort, or pause after the last attempt."""
-    given_up = run.given_up + 1
-    reason = f"round {run.round}, attempt {given_up} of {spec.cohort.max_attempts}: {why}"
+    """Try the round again with another cohort, or pause after the last attempt.
+
+    One that nothing but refusals of the whole run has ended does not count: there are only so many who can refuse.
+    """
+    failed = {name for name, _ in run.failed}
+    refused = failed and not missed and failed <= {name for name, _ in run.declined}
+    given_up = run.given_up + (not refused)
+    reason = f"round {run.round}, attempt {run.given_up + 1} of {spec.cohort.max_attempts}: {why}"
     state = _miss(replace(run, given_up=given_up, reason=reason), (*missed, *(name for name, _ in run.failed)))
     if given_up >= spec.cohort.max_attempts:
         return _suspend(state)
@@ -582,9 +619,10 @@ def _give_up(spec: RunSpec, run: Run, why: str, missed: tuple[str, ...]) -> Step
 
 
 def _miss(run: Run, names: Iterable[str]) -> Run:
-    """Note that these have missed the round: the more in a row, the longer they rest."""
+    """Note that these have missed the round: the more in a row, the longer they rest. Who declines the run misses nothing."""
     missed = {one[0]: one for one in run.missed}
-    for name in names:
+    declined = {name for name, _ in run.declined}
+    for name in (one for one in names if one not in declined):
         count = missed[name][1] + 1 if name in missed else 1
         missed[name] = (name, count, run.round + min(LONGEST_REST, 1 << min(count - 1, 10)))
     return replace(run, missed=tuple(missed.values()))
@@ -607,7 +645,7 @@ def _committed(spec: RunSpec, run: Run, event: ModelCommitted) -> Step:
     every = spec.evaluation.every
     due = every > 0 and (run.round % every == 0 or run.round == spec.rounds)
     # After a restart nobody is there yet; the round's own clients will be, or fall silent.
-    idle = (run.present or set(run.cohort)) - {name for name, _ in run.owing}
+    idle = (run.present or set(run.cohort)) - {name for name, _ in (*run.owing, *run.declined)}
     if not due or not idle:
         state, effects = _close(spec, run)
         return state, (*dismissed, *effects)
@@ -634,11 +672,11 @@ def _evaluation(spec: RunSpec, run: Run, event: EvaluationArrived) -> Step:
 
 def _evaluation_failed(spec: RunSpec, run: Run, event: TaskFailed) -> Step:
     if (event.client, event.round) in run.owing:
-        return _owes_no_more(run, event.client), ()
+        return _owes_no_more(_declined(run, event), event.client), ()
     _require_round(run, event.round, event.client)
     if event.client not in run.pending:
         return run, ()
-    return _evaluation_settled(spec, replace(run, failed=(*run.failed, (event.client, event.why))))
+    return _evaluation_settled(spec, replace(_declined(run, event), failed=(*run.failed, (event.client, event.why))))
 
 
 def _evaluator_silent(spec: RunSpec, run: Run, event: Silence) -> Step:
@@ -711,6 +749,7 @@ def _presence(run: Run, event: ClientsChanged) -> Run:
         run,
         present=(run.present - set(event.left)) | arrived,
         missed=tuple((name, count, 0 if name in arrived else until) for name, count, until in run.missed),
+        declined=tuple(one for one in run.declined if one[0] not in arrived),
         owing=tuple(one for one in run.owing if one[0] not in arrived or one in event.working),
     )
 
@@ -750,7 +789,7 @@ def _suspend(run: Run) -> Step:
 
 
 def _resume(_: RunSpec, run: Run, __: ResumeRequested) -> Step:
-    return replace(run, phase=Phase.QUEUED, given_up=0, reason=""), ()
+    return replace(run, phase=Phase.QUEUED, given_up=0, declined=(), reason=""), ()
 
 
 def _stop(_: RunSpec, run: Run, __: StopRequested) -> Step:
@@ -787,7 +826,7 @@ def _restarted(spec: RunSpec, run: Run, event: Restarted) -> Step:
 def _restarted_waiting(_: RunSpec, run: Run, event: Restarted) -> Step:
     kept = tuple(name for name in run.folded if name not in event.lost)
     late = tuple(one for one in run.late if one[0] not in event.lost)
-    return replace(run, present=frozenset(), folded=kept, late=late), ()
+    return replace(run, present=frozenset(), declined=(), folded=kept, late=late), ()
 
 
 def _require_round(run: Run, round_: int, client: str) -> None:

@@ -17,28 +17,35 @@ from seqfed.common.config import validate_json
 from seqfed.common.errors import (
     BrokenTransfer,
     CheckpointError,
+    ConfigError,
     InvalidName,
+    NotAllowed,
     TooLarge,
     UnknownSession,
     VersionMismatch,
     storage_error,
 )
+from seqfed.common.identity import MAX_PEM
 from seqfed.common.layout import BYTES_PER_PARAMETER
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
 from seqfed.common.transfer import CHUNK_BYTES
+from seqfed.server import access
 from seqfed.server.coordinator import Coordinator
 from seqfed.server.desk import Desk
+from seqfed.server.enrollment import Office
 from seqfed.server.hub import Connection
-from seqfed.server.intake import receive_file
+from seqfed.server.intake import MIN_CHUNK_BYTES, Patience, receive_file
 from seqfed.server.settings import ServerSettings
 from seqfed.server.status import rich_status
+from seqfed.server.store import Signed
 from seqfed.v1 import admin_pb2, admin_pb2_grpc, federation_pb2, federation_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+MAX_SIGNATURE = 256  # bytes; one of P-256 has up to 72
+MAX_REASON = 200  # characters of an operator's words about a revocation
 MAX_FAILURE = 2_000  # characters of a client's words about a failure
-MIN_CHUNK_BYTES = 4 << 10  # smaller ones would cost more than they save
 
 
 @contextlib.asynccontextmanager
@@ -49,21 +56,27 @@ async def refusing(context: Context) -> AsyncIterator[None]:
     except (grpc.aio.AbortError, asyncio.CancelledError):
         raise
     except Exception as error:  # noqa: BLE001 - the table decides what of it the stranger learns
+        access.tell_refused(error)
         await context.abort_with_status(rich_status(error))
 
 
 class Federation(federation_pb2_grpc.FederationServicer):
     """What clients call."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
+    def __init__(self, coordinator: Coordinator, office: Office | None = None) -> None:
         self._coordinator = coordinator
+        self._office = office
 
     def _connection(self, context: Context) -> Connection:
         metadata = dict(context.invocation_metadata() or ())
         session = metadata.get(wire.SESSION_METADATA)
         if not isinstance(session, str):
             raise UnknownSession(f"the call has no '{wire.SESSION_METADATA}' metadata; join first")
-        return self._coordinator.hub.connection(session)
+        connection = self._coordinator.hub.connection(session)
+        identity = access.caller()
+        if identity is not None and identity.name != connection.client:
+            raise NotAllowed(f"the session is not one of {identity}")
+        return connection
 
     async def Join(self, request: federation_pb2.JoinRequest, context: Context) -> federation_pb2.JoinReply:
         async with refusing(context):
@@ -72,12 +85,16 @@ class Federation(federation_pb2_grpc.FederationServicer):
                     f"the client speaks version {request.protocol} of the protocol, this server {wire.PROTOCOL}; "
                     "run the same version of seqfed on both sides"
                 )
-            name = wire.check_client_name(request.client)
+            name, identity = wire.check_client_name(request.client), access.caller()
+            if identity is not None and identity.name != name:
+                raise NotAllowed(f"{identity} cannot join as '{name}'; start it with --name {identity.name}")
             if not wire.HEX.fullmatch(request.instance):
                 raise InvalidName("a client's instance is 32 hex digits")
             schema = validate_json(DataSchema, request.data_schema, "the client's data schema")
+            wire.require_clean(schema.model_dump(), "the client's data schema")
             working = wire.key_from_wire(request.working) if request.HasField("working") else None
-            connection = await self._coordinator.join(name, request.instance, request.software[:64], schema, working)
+            software = wire.clean(request.software, 64)[:64]
+            connection = await self._coordinator.join(name, request.instance, software, schema, working)
             return federation_pb2.JoinReply(session=connection.session, spread_s=self._coordinator.spread_s)
 
     async def Listen(
@@ -85,9 +102,10 @@ class Federation(federation_pb2_grpc.FederationServicer):
     ) -> AsyncIterator[federation_pb2.Task]:
         async with refusing(context):
             known = None
-            async for task in self._coordinator.hub.listen(self._connection(context).session):
-                yield wire.task_to_wire(task, known)
-                known = task.spec
+            async with contextlib.aclosing(self._coordinator.hub.listen(self._connection(context).session)) as tasks:
+                async for task in tasks:
+                    yield wire.task_to_wire(task, known)
+                    known = task.spec
 
     async def FetchModel(
         self, request: federation_pb2.FetchModelRequest, context: Context
@@ -122,7 +140,7 @@ class Federation(federation_pb2_grpc.FederationServicer):
     ) -> federation_pb2.SubmitUpdateReply:
         async with refusing(context):
             client = self._connection(context).client
-            header, chunks = await _header_and_chunks(request_iterator)
+            header, chunks = await _header_and_chunks(request_iterator, self._coordinator.settings.upload_stall_s)
             duplicate = await self._coordinator.submit_update(client, wire.header_from_wire(header), chunks)
             return federation_pb2.SubmitUpdateReply(duplicate=duplicate)
 
@@ -146,27 +164,37 @@ class Federation(federation_pb2_grpc.FederationServicer):
         self, request: federation_pb2.ReportFailureRequest, context: Context
     ) -> federation_pb2.ReportFailureReply:
         async with refusing(context):
-            why = f"{request.reason[:64]}: {request.message[:MAX_FAILURE]}"
+            why = f"{wire.clean(request.reason, 64)}: {wire.clean(request.message, MAX_FAILURE)}"
             key = wire.key_from_wire(request.key)
             await self._coordinator.report_failure(self._connection(context).client, key, why)
             return federation_pb2.ReportFailureReply()
+
+    async def Renew(self, request: federation_pb2.RenewRequest, context: Context) -> federation_pb2.Certificate:
+        async with refusing(context):
+            identity = access.caller()
+            if identity is None or self._office is None:
+                raise ConfigError("this server renews no certificates: it was started without --tls or without --ca")
+            return await self._office.renew(request.csr, identity)
 
 
 class Admin(admin_pb2_grpc.AdminServicer):
     """What operators call."""
 
     def __init__(self, coordinator: Coordinator, settings: ServerSettings) -> None:
+        self._coordinator = coordinator
         self._desk = Desk(coordinator)
         self._settings = settings
+        self._patience = Patience(settings.upload_stall_s, settings.upload_bytes_per_s)
 
     async def Submit(
         self, request_iterator: AsyncIterator[admin_pb2.SubmitRequest], context: Context
     ) -> admin_pb2.SubmitReply:
         async with refusing(context):
-            header, chunks = await _header_and_chunks(request_iterator)
+            header, chunks = await _header_and_chunks(request_iterator, self._settings.upload_stall_s)
             spec = validate_json(RunSpec, header.spec, "the run's specification")
+            signed = self._signed(spec, header.signature, header.certificate)
             if not header.checkpoint_bytes:
-                return admin_pb2.SubmitReply(run=wire.run_to_wire(await self._desk.submit(spec, None)))
+                return admin_pb2.SubmitReply(run=wire.run_to_wire(await self._desk.submit(spec, None, signed)))
             if header.checkpoint_bytes > self._settings.max_model_bytes:
                 raise TooLarge(
                     f"a checkpoint of {header.checkpoint_bytes:,} bytes came; the server's limit (max_model_bytes) is "
@@ -178,13 +206,37 @@ class Admin(admin_pb2_grpc.AdminServicer):
             except OSError as error:
                 raise storage_error(error, "receiving a checkpoint") from error
             try:
-                await receive_file(Path(name), header.checkpoint_bytes, header.checkpoint_digest, chunks)
-                view = await self._desk.submit(spec, Path(name))
+                await receive_file(
+                    Path(name), header.checkpoint_bytes, header.checkpoint_digest, chunks, self._patience
+                )
+                view = await self._desk.submit(spec, Path(name), signed)
             except CheckpointError as error:  # it knows the file by our name for it
                 raise CheckpointError(str(error).removeprefix(f"{name}: ").replace(name, "the checkpoint")) from error
             finally:
                 os.unlink(name)  # noqa: PTH108 - a plain call, as Path methods are reserved for threads here
             return admin_pb2.SubmitReply(run=wire.run_to_wire(view))
+
+    def _signed(self, spec: RunSpec, signature: bytes, certificate: bytes) -> Signed:
+        """Who answers for the run; raises NotAllowed or Unauthenticated unless whoever calls has signed it.
+
+        In plaintext there is no CA to hold a signature against: it is handed on as it came, for the clients to judge.
+        """
+        identity = access.caller()
+        if len(signature) > MAX_SIGNATURE or len(certificate) > MAX_PEM:
+            raise TooLarge(
+                f"a signature of {len(signature):,} bytes and a certificate of {len(certificate):,} came; "
+                f"{MAX_SIGNATURE:,} and {MAX_PEM:,} are the limits"
+            )
+        if identity is None:
+            return Signed("", signature, certificate)
+        if not signature:
+            raise NotAllowed(
+                "the run is not signed; submit it with this version's `seqfed submit` and your --credentials"
+            )
+        signer = self._coordinator.signer(spec.canonical, signature, certificate)
+        if (signer.role, signer.name) != (identity.role, identity.name):
+            raise NotAllowed(f"the run is signed by {signer}, and {identity} submits it")
+        return Signed(identity.name, signature, certificate)
 
     async def ListRuns(
         self, request: admin_pb2.ListRunsRequest, context: Context
@@ -202,15 +254,15 @@ class Admin(admin_pb2_grpc.AdminServicer):
 
     async def StopRun(self, request: admin_pb2.StopRunRequest, context: Context) -> admin_pb2.RunStatus:
         async with refusing(context):
-            return wire.run_to_wire(await self._desk.stop(request.run))
+            return wire.run_to_wire(await self._desk.stop(request.run, access.caller_name()))
 
     async def PauseRun(self, request: admin_pb2.PauseRunRequest, context: Context) -> admin_pb2.RunStatus:
         async with refusing(context):
-            return wire.run_to_wire(await self._desk.pause(request.run))
+            return wire.run_to_wire(await self._desk.pause(request.run, access.caller_name()))
 
     async def ResumeRun(self, request: admin_pb2.ResumeRunRequest, context: Context) -> admin_pb2.RunStatus:
         async with refusing(context):
-            return wire.run_to_wire(await self._desk.resume(request.run))
+            return wire.run_to_wire(await self._desk.resume(request.run, access.caller_name()))
 
     async def ListClients(
         self, request: admin_pb2.ListClientsRequest, context: Context
@@ -218,6 +270,25 @@ class Admin(admin_pb2_grpc.AdminServicer):
         async with refusing(context):
             for view in await self._desk.clients():
                 yield wire.client_to_wire(view)
+
+    async def RevokeClient(self, request: admin_pb2.RevokeClientRequest, context: Context) -> admin_pb2.ClientStatus:
+        async with refusing(context):
+            if access.caller() is None:
+                raise NotAllowed(
+                    "this server speaks plaintext: there are no certificates to revoke; start it with --tls"
+                )
+            reason = wire.clean(request.reason, MAX_REASON)
+            return wire.client_to_wire(await self._desk.revoke(request.client, reason, access.caller_name()))
+
+    async def ListAudit(
+        self, request: admin_pb2.ListAuditRequest, context: Context
+    ) -> AsyncIterator[admin_pb2.AuditEntry]:
+        async with refusing(context):
+            after = min(request.after, 1 << 62)  # beyond the last entry there is nothing, and no error
+            while entries := await asyncio.to_thread(self._desk.audit, after):
+                for entry in entries:
+                    yield wire.entry_to_wire(entry)
+                after = entries[-1].number
 
     async def ExportModel(
         self, request: admin_pb2.ExportModelRequest, context: Context
@@ -231,8 +302,13 @@ class Admin(admin_pb2_grpc.AdminServicer):
                     offset += len(data)
 
 
-async def _header_and_chunks(messages: AsyncIterator[Any]) -> tuple[Any, AsyncIterator[tuple[int, bytes]]]:
-    """The first message's header, and the (offset, data) of the chunks after it; raises BrokenTransfer."""
+async def _header_and_chunks(
+    messages: AsyncIterator[Any], stall_s: float
+) -> tuple[Any, AsyncIterator[tuple[int, bytes]]]:
+    """The first message's header, and the (offset, data) of the chunks after it; raises BrokenTransfer.
+
+    The header must come within `stall_s` seconds; the chunks are the reader's to wait for.
+    """
 
     async def chunks() -> AsyncIterator[tuple[int, bytes]]:
         async for message in messages:
@@ -240,8 +316,12 @@ async def _header_and_chunks(messages: AsyncIterator[Any]) -> tuple[Any, AsyncIt
                 raise BrokenTransfer("something else than a chunk came in the middle of a stream")
             yield message.chunk.offset, message.chunk.data
 
-    async for message in messages:
-        if message.WhichOneof("part") == "header":
-            return message.header, chunks()
-        break
+    try:
+        async with asyncio.timeout(stall_s):
+            async for message in messages:
+                if message.WhichOneof("part") == "header":
+                    return message.header, chunks()
+                break
+    except TimeoutError:
+        raise BrokenTransfer(f"no header came for {stall_s:g} s (upload_stall_s)") from None
     raise BrokenTransfer("the stream did not begin with a header")

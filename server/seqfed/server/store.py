@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ from seqfed.common.layout import Layout
 from seqfed.common.model import layout_of
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
-from seqfed.common.views import RoundRecord
+from seqfed.common.views import AuditEntry, RoundRecord
+from seqfed.server import audit
+from seqfed.server.audit import Note
 from seqfed.server.copies import Copies
 from seqfed.server.database import Database, open_database
 from seqfed.server.folder import Folder
@@ -39,6 +42,7 @@ from seqfed.server.round import ENDED, Phase, Run
 log = logging.getLogger("seqfed.server")
 
 LEASE_S: Final = 10.0
+NONCE_KEPT_S: Final = 86_400.0  # after its token has expired: a clock may be set back
 
 _METADATA = sa.MetaData()
 
@@ -48,11 +52,17 @@ def _table(name: str, key: tuple[str, ...], *columns: str) -> sa.Table:
     return sa.Table(name, _METADATA, *(sa.Column(one, primary_key=one in key) for one in (*key, *columns)))
 
 
-RUNS = _table("runs", ("run",), "number", "spec", "state", "started", "ended", "bytes_up", "bytes_down")
+RUNS = _table(
+    "runs",
+    ("run",),
+    *("number", "spec", "state", "started", "ended", "bytes_up", "bytes_down", "signature", "certificate", "operator"),
+)
 MODELS = _table("models", ("run", "version"), "data_start", "digest", "file")
 ROUNDS = _table("rounds", ("run", "round"), "record")
 UPDATES = _table("updates", ("run", "client"), "base", "round", "weight", "digest", "tally", "training_seconds")
 CLIENTS = _table("clients", ("client",), "instance", "software", "data_schema", "seen")
+NONCES = _table("nonces", ("nonce",), "expires")
+REVOKED = _table("revoked", ("client",), "at", "reason")
 
 # Built once: in a round of small updates, building statements would cost more than running them.
 SET_STATE = RUNS.update().where(RUNS.c.run == sa.bindparam("of")).values(state=sa.bindparam("state"))
@@ -75,6 +85,18 @@ class UpdateRow:
 
 
 @dataclass(frozen=True)
+class Signed:
+    """Who answers for a run: the signature of its specification and the certificate (PEM) for it; empty in plaintext."""
+
+    operator: str = ""
+    signature: bytes = b""
+    certificate: bytes = b""
+
+
+UNSIGNED: Final = Signed()
+
+
+@dataclass(frozen=True)
 class StoredRun:
     """A run as the database has it."""
 
@@ -89,6 +111,7 @@ class StoredRun:
     version: int
     updates: tuple[UpdateRow, ...]
     record: RoundRecord | None  # of the round whose model is committed and being evaluated
+    signed: Signed
 
 
 @dataclass(frozen=True)
@@ -114,6 +137,7 @@ class Store:
         self.lease = lease
         self._copies = copies
         self.when_lost: Callable[[LeaseLost], None] = lambda _: None
+        self._appending = threading.Lock()  # the audit log's end has one writer, though transactions may overlap
 
     # files
 
@@ -127,16 +151,15 @@ class Store:
 
     # runs
 
-    def create(self, run: str, spec: RunSpec, model: ModelFile) -> None:
+    def create(
+        self, run: str, spec: RunSpec, model: ModelFile, signed: Signed = UNSIGNED, notes: Sequence[Note] = ()
+    ) -> None:
         """A queued run with its initial model, which lies at model_path(run, 0)."""
         if self._copies is not None:
             self._copies.put(run, model.path)
-        with self._writing() as connection:
-            connection.execute(
-                RUNS.insert().values(
-                    run=run, spec=spec.canonical.decode(), state=dump_state(Run()), bytes_up=0, bytes_down=0
-                )
-            )
+        row = {"spec": spec.canonical.decode(), "state": dump_state(Run()), "bytes_up": 0, "bytes_down": 0}
+        with self._writing(notes) as connection:
+            connection.execute(RUNS.insert().values(run=run, **row, **vars(signed)))
             _add_model(connection, run, 0, model)
 
     def commit(
@@ -147,17 +170,18 @@ class Store:
         updates: Sequence[UpdateRow] = (),
         model: ModelFile | None = None,
         record: RoundRecord | None = None,
+        notes: Sequence[Note] = (),
         **columns: float | int,
     ) -> None:
         """In one transaction: the state, and with it what the event brought.
 
         `updates`: complete and in their files. `model`: the one that the record's round made, in its file; the
-        updates that counted up to that round are then done with. `record`: the round's, new or completed. `columns`:
-        started, ended, bytes_up, bytes_down of the run.
+        updates that counted up to that round are then done with. `record`: the round's, new or completed. `notes`: what the
+        audit log is to say of it. `columns`: started, ended, bytes_up, bytes_down of the run.
         """
         if model is not None and self._copies is not None:
             self._copies.put(run, model.path)
-        with self._writing() as connection:
+        with self._writing(notes) as connection:
             connection.execute(SET_STATE, {"of": run, "state": dump_state(state)})
             if columns:
                 connection.execute(RUNS.update().where(RUNS.c.run == run).values(columns))
@@ -211,6 +235,7 @@ class Store:
                 for one in updates
             ),
             record=_record(record) if record is not None else None,
+            signed=Signed(row.operator or "", bytes(row.signature or b""), bytes(row.certificate or b"")),
         )
 
     def _model_file(self, run: str, row: sa.Row[Any], layout: Layout) -> ModelFile:
@@ -264,6 +289,43 @@ class Store:
             )
             for row in rows
         ]
+
+    # who belongs
+
+    def use_nonce(self, nonce: str, expires: float) -> bool:
+        """Note that this token is used up; False if it was before. Of those that have long expired nothing is kept."""
+        with self._writing() as connection:
+            old = self._database.now(connection) - NONCE_KEPT_S
+            connection.execute(NONCES.delete().where(NONCES.c.expires < old))
+            if connection.execute(sa.select(NONCES.c.nonce).where(NONCES.c.nonce == nonce)).first() is not None:
+                return False
+            connection.execute(NONCES.insert().values(nonce=nonce, expires=expires))
+        return True
+
+    def revoke(self, client: str, at: float, reason: str, notes: Sequence[Note] = ()) -> None:
+        """From now on what was issued to this client up to `at`, in seconds since the epoch, is worth nothing."""
+        with self._writing(notes) as connection:
+            _replace(connection, REVOKED, {"client": client, "at": at, "reason": reason})
+
+    def revoked(self) -> dict[str, float]:
+        """Who was revoked, and when last."""
+        with self._database.reading() as connection:
+            return {row.client: row.at for row in connection.execute(sa.select(REVOKED.c.client, REVOKED.c.at))}
+
+    # the audit log
+
+    def note(self, notes: Sequence[Note]) -> None:
+        """Entries for the audit log that belong to nothing else that is written."""
+        with self._writing(notes):
+            pass
+
+    def audit(self, after: int, limit: int) -> list[AuditEntry]:
+        """Its entries after the one of this number, at most `limit` of them."""
+        return audit.page(self._database, after, limit)
+
+    def audit_head(self) -> tuple[int, bytes]:
+        """The number and digest of its last entry."""
+        return audit.head(self._database)
 
     # models from elsewhere
 
@@ -351,10 +413,14 @@ class Store:
         self._database.close()
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
-        with self._telling(), self._database.writing() as connection:
+    def _writing(self, notes: Sequence[Note] = ()) -> Iterator[sa.Connection]:
+        # The lock is held until the transaction is over: the next entry builds on the last one that counts.
+        alone = self._appending if notes else contextlib.nullcontext()
+        with alone, self._telling(), self._database.writing() as connection:
             self.lease.check(connection)
             yield connection
+            if notes:
+                audit.append(connection, notes)
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:

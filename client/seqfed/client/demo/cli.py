@@ -44,9 +44,10 @@ def demo(
 ) -> None:
     """Train one model on data split among several processes of this machine, and see why to federate.
 
-    Starts a server and its clients as real processes on loopback, gives each client its own part of scikit-learn's digits
-    (8 steps of 8 features, 10 classes), trains, and compares with the pooled data and with each client alone. With --data
-    it does the same on your own file: it is dealt among the clients; of several files each is one client's.
+    Starts a server and its clients as real processes on loopback, with TLS and certificates made for the occasion, gives each
+    client its own part of scikit-learn's digits (8 steps of 8 features, 10 classes), trains, and compares with the pooled data
+    and with each client alone. With --data it does the same on your own file: it is dealt among the clients; of several files
+    each is one client's.
     """
     from seqfed.client.demo.run import Settings, run
 

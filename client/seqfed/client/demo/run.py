@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from seqfed.client.demo.processes import Processes, processes, server_address
 from seqfed.client.history import draw
 from seqfed.client.shown import size
 from seqfed.client.watching import follow
-from seqfed.common import checkpoint, views
+from seqfed.common import authority, checkpoint, identity, views
 from seqfed.common.errors import ConfigError, TrainingFailed
+from seqfed.common.identity import Role
 from seqfed.common.layout import Parameters
 from seqfed.common.metrics import metric_names, summary
 from seqfed.common.model import initial_parameters, layout_of
@@ -211,17 +212,35 @@ def _site(name: str, table: DataTable, spec: RunSpec, work: Path) -> Site:
 
 def federate(settings: Settings, spec: RunSpec, sites: list[Site], work: Path, console: Console) -> RunView:
     """Run it over real processes and fetch the model; the run's last view."""
+    tls, operator = certify(work, [site.name for site in sites])
     with processes(settings.out / "logs") as started:
-        console.print(f"starting a server and {len(sites)} clients (logs: {settings.out / 'logs'})")
-        started.start("server", "server", "--port", "0", "--state", str(work / "server"))
+        console.print(f"starting a server and {len(sites)} clients, with TLS (logs: {settings.out / 'logs'})")
+        started.start("server", "server", "--port", "0", "--state", str(work / "server"), "--tls", str(tls))
         address = server_address(work / "server", started)
         for site in sites:
             started.start(site.name, "client", str(site.config), "--server", address)
-        return started.run(_train(address, spec, settings.out, console, started))
+        return started.run(_train(address, operator, spec, settings.out, console, started))
 
 
-async def _train(address: str, spec: RunSpec, out: Path, console: Console, started: Processes) -> RunView:
-    async with operating(address, insecure=False) as operator:
+def certify(work: Path, clients: Sequence[str]) -> tuple[Path, Path]:
+    """A CA in this folder, and what it issued: the server's and an operator's credentials folders.
+
+    A client's credentials lie in its state folder, work / name, where it finds them by itself.
+    """
+    now, hosts = identity.now(), ("localhost", "127.0.0.1")
+    ca = authority.create(work / "ca", now)
+    identity.save_credentials(work / "tls", ca.credentials(Role.SERVER, "localhost", now=now, hosts=hosts))
+    identity.save_credentials(work / "operator", ca.credentials(Role.OPERATOR, "demo", now=now))
+    for name in clients:
+        own = ca.credentials(Role.CLIENT, name, now=now)
+        identity.save_credentials(work / name / identity.CREDENTIALS, own)
+    return work / "tls", work / "operator"
+
+
+async def _train(
+    address: str, credentials: Path, spec: RunSpec, out: Path, console: Console, started: Processes
+) -> RunView:
+    async with operating(address, insecure=False, credentials=credentials) as operator:
         submitted = await operator.submit(spec, None)
         following = asyncio.create_task(follow(operator, submitted.run, console=console))
         try:

@@ -1,0 +1,242 @@
+"""Whether this client may do a task: whose run it is, what the data holder's policy says, and what was spent before.
+
+Asked before anything is read or fetched for the task. What is spent is written down before it is spent, so a killed client
+has at worst counted a little too much; where it cannot be written, the task is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from seqfed.client.policy import Policy, Spent, check
+from seqfed.common import identity, signing
+from seqfed.common.config import load_toml
+from seqfed.common.errors import NotAllowed, PolicyRefused, StorageError, StorageFull, Unauthenticated
+from seqfed.common.views import Task, TaskKind
+
+ACCOUNT: Final = "account.db"
+WAIT_S: Final = 10.0  # for another process that reads the account
+
+_TABLES: Final = (
+    """CREATE TABLE IF NOT EXISTS runs (
+        run TEXT PRIMARY KEY, operator TEXT NOT NULL, signature BLOB NOT NULL,
+        trained INTEGER NOT NULL DEFAULT 0, evaluated INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL DEFAULT 0
+    )""",
+    "CREATE INDEX IF NOT EXISTS by_operator ON runs (operator)",
+    "CREATE INDEX IF NOT EXISTS by_signature ON runs (signature)",
+    """CREATE TABLE IF NOT EXISTS work (
+        run TEXT NOT NULL, kind TEXT NOT NULL, round INTEGER NOT NULL, model BLOB NOT NULL,
+        PRIMARY KEY (run, kind, round, model)
+    ) WITHOUT ROWID""",
+)
+
+
+class Account:
+    """What each operator's runs have had, in a file of the client's state folder; every change is on disk when it returns.
+
+    Raises StorageFull or StorageError where that cannot be.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ACCOUNT
+        self._connection: sqlite3.Connection | None = None
+        self._lock = threading.Lock()
+
+    def charge(self, task: Task, operator: str, rule: Callable[[Spent], None]) -> None:
+        """Note that this task is done for this operator's run ('': nobody is known to have signed it), unless `rule` raises at
+        what would then be spent.
+
+        Raises PolicyRefused if the run is not the one that it was, or is another's copy.
+        """
+        run, signature = task.key.run, task.signature if operator else b""
+        work = (run, task.kind.value, task.key.round, task.model.digest)
+        with self._changing() as database:
+            _require_same(database, run, operator, signature)
+            begun = database.execute("SELECT 1 FROM runs WHERE run = ?", (run,)).fetchone() is not None
+            known = database.execute(
+                "SELECT 1 FROM work WHERE run = ? AND kind = ? AND round = ? AND model = ?", work
+            ).fetchone()
+            more = known is None
+            cost = task.model.nbytes * (2 if task.kind is TaskKind.TRAIN else 1)
+            spent = _spent(database, run, operator, task.kind)
+            rule(
+                Spent(
+                    runs=spent.runs + (not begun),
+                    rounds=spent.rounds + more,
+                    rounds_total=spent.rounds_total + more,
+                    bytes_total=spent.bytes_total + cost,
+                )
+            )
+            if not begun:
+                database.execute(
+                    "INSERT INTO runs (run, operator, signature) VALUES (?, ?, ?)", (run, operator, signature)
+                )
+            if more:
+                database.execute("INSERT INTO work VALUES (?, ?, ?, ?)", work)
+            column = _column(task.kind)
+            database.execute(
+                f"UPDATE runs SET {column} = {column} + ?, bytes = bytes + ? WHERE run = ?",  # noqa: S608 - one of two names
+                (more, cost, run),
+            )
+
+    def operators(self) -> dict[str, Spent]:
+        """What each operator's runs have had in all, by its name, '' for those that nobody has signed; `rounds` is 0.
+
+        Of trainings and evaluations, `rounds_total` is the larger number.
+        """
+        if not self.path.exists():
+            return {}
+        with self._changing() as database:
+            rows = database.execute(
+                "SELECT operator, count(*), max(sum(trained), sum(evaluated)), sum(bytes) FROM runs GROUP BY operator"
+            ).fetchall()
+        return {operator: Spent(runs, 0, rounds, size) for operator, runs, rounds, size in rows}
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, durable at the end of the block; nothing of it if the block or the disk fails."""
+        with self._lock:
+            try:
+                if self._connection is None:
+                    self._connection = self._open()
+                database = self._connection
+                database.execute("BEGIN IMMEDIATE")
+                try:
+                    yield database
+                    database.execute("COMMIT")
+                except BaseException:
+                    if database.in_transaction:
+                        database.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                raise _typed(error, self.path) from error
+
+    def _open(self) -> sqlite3.Connection:
+        with contextlib.suppress(OSError):  # what is wrong with the place, SQLite says too
+            os.close(os.open(self.path, os.O_CREAT | os.O_CLOEXEC, 0o600))
+        database = sqlite3.connect(self.path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
+        try:
+            database.execute("PRAGMA synchronous = EXTRA")  # also the folder, when the journal is removed from it
+            for statement in _TABLES:
+                database.execute(statement)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+
+def _require_same(database: sqlite3.Connection, run: str, operator: str, signature: bytes) -> None:
+    known = database.execute("SELECT operator, signature FROM runs WHERE run = ?", (run,)).fetchone()
+    if known is not None and known != (operator, signature):
+        raise PolicyRefused(f"the server shows run {run} with another signature than before; a run is signed once")
+    if signature and known is None:
+        twin = database.execute("SELECT run FROM runs WHERE signature = ?", (signature,)).fetchone()
+        if twin is not None:
+            raise PolicyRefused(
+                f"run {run} has the signature of run {twin[0]}: it is a copy that its operator has not submitted; "
+                "submit it again to have it signed anew"
+            )
+
+
+def _spent(database: sqlite3.Connection, run: str, operator: str, kind: TaskKind) -> Spent:
+    """Before the task: the operator's other runs and this one, if it has begun."""
+    column = _column(kind)
+    runs, rounds_total, bytes_total = database.execute(
+        f"SELECT count(*), coalesce(sum({column}), 0), coalesce(sum(bytes), 0) FROM runs WHERE operator = ?",  # noqa: S608 - one of two names
+        (operator,),
+    ).fetchone()
+    row = database.execute(f"SELECT {column} FROM runs WHERE run = ?", (run,)).fetchone()  # noqa: S608 - one of two names
+    return Spent(runs, 0 if row is None else row[0], rounds_total, bytes_total)
+
+
+def _column(kind: TaskKind) -> str:
+    return "trained" if kind is TaskKind.TRAIN else "evaluated"
+
+
+def _typed(error: sqlite3.Error, path: Path) -> StorageError | StorageFull:
+    if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL":
+        return StorageFull(
+            f"{path}: the disk is full, so what this run gets cannot be written down, and it gets nothing; free some space"
+        )
+    return StorageError(
+        f"{path}: what runs have had of this client cannot be read or written ({error}), so none gets anything; "
+        "put the file back from a copy, or, if it may all begin anew, remove it"
+    )
+
+
+class Consent:
+    """What a session asks before each task; raises PolicyRefused, StorageFull or StorageError if it is not to be done.
+
+    policy: None allows everything, but over TLS what nobody has signed. ca: the federation's, PEM; None in plaintext, where no
+    signature can be judged. clock: the time in UTC.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | None,
+        state: Path,
+        ca: bytes | None,
+        allow_custom: tuple[str, ...] = (),
+        clock: Callable[[], datetime] = identity.now,
+    ) -> None:
+        self.policy = Policy() if policy is None else policy
+        self.custom = (*allow_custom, *self.policy.custom)
+        self._account = None if policy is None else Account(state)
+        self._ca = ca
+        self._clock = clock
+        self._last: tuple[bytes, bytes, bytes, str] | None = None  # what was verified last, and whose it is
+
+    def __call__(self, task: Task) -> None:
+        operator = self._operator(task)
+        policy = self.policy.model_copy(update={"custom": self.custom})
+
+        def rule(spent: Spent) -> None:
+            if task.key.round > task.spec.rounds:
+                raise PolicyRefused(f"round {task.key.round:,} is asked for of a run with {task.spec.rounds:,} rounds")
+            check(policy, task.spec, task.model.nbytes, operator, spent)
+
+        if self._account is None:
+            rule(Spent())
+        else:
+            self._account.charge(task, operator or "", rule)
+
+    def _operator(self, task: Task) -> str | None:
+        """Whose run it is by its signature; None if nobody's is there, or none can be judged."""
+        if self._ca is None:
+            return None
+        if not task.signature:
+            if self.policy.unsigned:
+                return None
+            raise PolicyRefused(
+                "unsigned: nobody has signed this run, although the server has certificates; submit it with an operator's "
+                "credentials, or allow it with unsigned = true in policy.toml"
+            )
+        shown = (task.certificate, task.signature, task.spec.canonical)
+        if self._last is None or self._last[:3] != shown:  # a run that has begun may outlive its operator's certificate
+            try:
+                who = signing.verify(task.certificate, self._ca, task.spec.canonical, task.signature, self._clock())
+            except (Unauthenticated, NotAllowed) as error:
+                raise PolicyRefused(f"the run's signature: {error}") from error
+            self._last = (*shown, who.name)
+        return self._last[3]
+
+
+def consent_of(
+    policy: Path | None, state: Path, credentials: Path | None, allow_custom: tuple[str, ...] = ()
+) -> Consent:
+    """By the policy.toml, the state folder and the credentials folder of a client; raises ConfigError for the first and last."""
+    rules = None if policy is None else load_toml(Policy, policy)
+    ca = None if credentials is None else identity.load_credentials(credentials).ca
+    return Consent(rules, state, ca, allow_custom)

@@ -1,0 +1,144 @@
+"""A data holder's own rules, the content of policy.toml: which runs its client takes part in, and how much they get in all.
+
+Rules only: `seqfed.client.consent` finds out whose run it is and what has been spent, and applies them before anything is read
+of the data. What a run says of itself (its cohort, say) is its operator's word; the operator's signature keeps the server from
+changing it, and nothing here can make either of them keep it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from seqfed.common.errors import PolicyRefused
+from seqfed.common.spec import Count, Name, RunSpec, Settings
+
+Total = Annotated[int, Field(ge=0, le=1 << 62)]
+Names = Annotated[tuple[Name, ...], Field(strict=False)]
+
+
+class Policy(Settings):
+    """What is allowed. A rule that is left out allows everything, but code of strangers, unsigned runs over TLS aside."""
+
+    # Whose, and which.
+    operators: Names = Field(
+        default=(), description="only runs that one of these has signed; empty: of any operator of the federation"
+    )
+    unsigned: bool = Field(default=False, description="over TLS too, take part in runs that nobody has signed")
+    runs: Names = Field(default=(), description="only runs of these names; empty: any")
+    tasks: (
+        Annotated[
+            tuple[Literal["classification", "multilabel", "regression", "forecast", "next_token", "anomaly"], ...],
+            Field(strict=False),
+        ]
+        | None
+    ) = Field(default=None, description="only these kinds; left out: any")
+    models: Annotated[tuple[Literal["rnn", "lstm", "gru"], ...], Field(strict=False)] | None = Field(
+        default=None, description="only these kinds; left out: any that is built in"
+    )
+    custom: Names = Field(
+        default=(), description="module:function whose code runs may use as their model, as allow_custom in client.toml"
+    )
+    # One run.
+    max_epochs: Count | None = Field(default=None, description="passes over the data a round")
+    max_steps: Count | None = Field(default=None, description="batches a round, of runs that count in batches")
+    max_rounds: Count | None = Field(default=None, description="of one run")
+    max_model_bytes: Total | None = Field(default=None, description="of one model, four a parameter")
+    min_cohort: Count | None = Field(default=None, description="smallest number of clients behind a new model")
+    secure_aggregation: bool = Field(default=False, description="only runs whose server sees no single update")
+    # All runs of one operator together, for ever: the account is kept in the client's state folder.
+    max_runs: Total | None = Field(default=None, description="runs of one operator")
+    max_rounds_total: Total | None = Field(
+        default=None, description="rounds of all its runs; trainings and evaluations are counted apart"
+    )
+    max_bytes_total: Total | None = Field(
+        default=None, description="of all models fetched and updates sent for its runs, as they are before compression"
+    )
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a run and its operator have had of this client, the task in question included.
+
+    rounds: different models that the run has had trained, or for an evaluation scored; rounds_total: the same of all runs of
+    the operator.
+    """
+
+    runs: int = 1
+    rounds: int = 1
+    rounds_total: int = 1
+    bytes_total: int = 0
+
+
+def check(policy: Policy, spec: RunSpec, model_bytes: int, operator: str | None, spent: Spent) -> None:
+    """Raise PolicyRefused, with every rule that is broken, if this run may not have what it asks for.
+
+    operator: who has signed the run; None if nobody is known to have.
+    """
+    found = "; ".join(refusals(policy, spec, model_bytes, operator, spent))
+    if found:
+        raise PolicyRefused(found)
+
+
+def refusals(policy: Policy, spec: RunSpec, model_bytes: int, operator: str | None, spent: Spent) -> Iterator[str]:
+    """Each rule that is broken, with the value and the limit, in words."""
+    yield from _whose(policy, spec, operator)
+    yield from _work(policy, spec)
+    limits: tuple[tuple[str, str, int, int | None], ...] = (
+        ("max_rounds", "rounds in this run", max(spec.rounds, spent.rounds), policy.max_rounds),
+        ("max_model_bytes", "bytes of a model", model_bytes, policy.max_model_bytes),
+        ("max_runs", "runs of this operator", spent.runs, policy.max_runs),
+        ("max_rounds_total", "rounds for this operator, in all its runs", spent.rounds_total, policy.max_rounds_total),
+        ("max_bytes_total", "bytes for this operator, in all its runs", spent.bytes_total, policy.max_bytes_total),
+    )
+    for rule, what, value, limit in limits:
+        if limit is not None and value > limit:
+            yield f"{rule}: {value:,} {what}, and the limit is {limit:,}"
+    if policy.min_cohort is not None and spec.smallest_sum < policy.min_cohort:
+        yield (
+            f"min_cohort: as few as {spec.smallest_sum:,} clients can be behind a model of this run, "
+            f"and the limit is {policy.min_cohort:,}; raise cohort.min_clients and quorum"
+        )
+    if policy.secure_aggregation:
+        yield (
+            "secure_aggregation: required, and this version of seqfed has none: "
+            "its server sees every single update, so every run is refused"
+        )
+
+
+def _whose(policy: Policy, spec: RunSpec, operator: str | None) -> Iterator[str]:
+    if policy.operators and operator not in policy.operators:
+        whose = "of nobody who has signed it" if operator is None else f"of '{operator}'"
+        yield f"operators: the run is {whose}, and allowed are {_list(policy.operators)}"
+    if policy.runs and spec.name not in policy.runs:
+        yield f"runs: the run's name is '{spec.name}', and allowed are {_list(policy.runs)}"
+    if policy.tasks is not None and spec.task.kind not in policy.tasks:
+        yield f"tasks: the run's task is {spec.task.kind}, and allowed are {_list(policy.tasks)}"
+    if spec.model.custom is not None:
+        if spec.model.custom not in policy.custom:
+            yield f"custom: the run's model is '{spec.model.custom}', and allowed are {_list(policy.custom)}"
+    elif policy.models is not None and spec.model.kind not in policy.models:
+        yield f"models: the run's model is {spec.model.kind}, and allowed are {_list(policy.models)}"
+
+
+def _work(policy: Policy, spec: RunSpec) -> Iterator[str]:
+    """A limit in one unit would be none if a run could count in the other, so that needs a limit of its own."""
+    steps = spec.training.steps
+    if steps is None:
+        epochs = spec.training.epochs or 1
+        if policy.max_epochs is not None and epochs > policy.max_epochs:
+            yield f"max_epochs: {epochs:,} epochs a round, and the limit is {policy.max_epochs:,}"
+        if policy.max_epochs is None and policy.max_steps is not None:
+            yield f"max_steps: the run counts in epochs ({epochs:,} a round), for which max_epochs sets no limit"
+    elif policy.max_steps is None:
+        if policy.max_epochs is not None:
+            yield f"max_epochs: the run counts in batches ({steps:,} steps a round), for which max_steps sets no limit"
+    elif steps > policy.max_steps:
+        yield f"max_steps: {steps:,} batches a round, and the limit is {policy.max_steps:,}"
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return ", ".join(names) or "none"

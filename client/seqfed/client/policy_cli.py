@@ -1,0 +1,96 @@
+"""The commands `seqfed policy check` and `spent`: what a data holder's rules would say of a run, and what runs have had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from seqfed.client.consent import Account
+
+policy = typer.Typer(help="Try a data holder's policy.toml on a run; see what runs have had.", no_args_is_help=True)
+
+Name = Annotated[
+    str | None, typer.Option(envvar="SEQFED_NAME", help="The client's name within the federation [this host's name].")
+]
+State = Annotated[Path | None, typer.Option(envvar="SEQFED_STATE", help="The client's state folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@policy.command()
+def check(
+    rules: Annotated[Path, typer.Argument(help="policy.toml", metavar="POLICY.TOML")],
+    run: Annotated[Path, typer.Argument(help="run.toml", metavar="RUN.TOML")],
+    operator: Annotated[
+        str | None, typer.Option(help="The operator who would submit it [nobody who has signed it].")
+    ] = None,
+    name: Name = None,
+    state: State = None,
+    as_json: Json = False,
+) -> None:
+    """Say what of a run would be refused, and by which rule; status 1 if anything would be. Nothing is sent or written.
+
+    With --state or --name what the operator's runs have had before counts too.
+    """
+    import json
+
+    from seqfed.client.policy import Policy, Spent, refusals
+    from seqfed.common.config import load_toml
+    from seqfed.common.errors import ConfigError
+    from seqfed.common.model import layout_of
+    from seqfed.common.spec import RunSpec
+
+    known, spec = load_toml(Policy, rules), load_toml(RunSpec, run)
+    try:
+        size = layout_of(spec).nbytes
+    except ConfigError:  # a custom model's, which `seqfed submit` finds out
+        size = 0
+    before = Spent(0, 0, 0, 0)
+    if state is not None or name is not None:
+        before = _account(state, name).operators().get(operator or "", before)
+    first = Spent(before.runs + 1, 1, before.rounds_total + 1, before.bytes_total + 2 * size)
+    found = list(refusals(known, spec, size, operator, first))
+    if as_json:
+        typer.echo(json.dumps({"run": spec.name, "refused": found}))
+    elif found:
+        typer.echo("\n  ".join((f"run '{spec.name}' would be refused:", *found)))
+    else:
+        typer.echo(f"run '{spec.name}' would be done")
+    if found:
+        raise typer.Exit(1)
+
+
+@policy.command()
+def spent(name: Name = None, state: State = None, as_json: Json = False) -> None:
+    """List what the runs of each operator have had of this client, since it has had a policy."""
+    import json
+
+    from rich import print as rich_print
+    from rich.table import Table
+
+    found = _account(state, name).operators()
+    if as_json:
+        rows = {
+            operator: {"runs": one.runs, "rounds": one.rounds_total, "bytes": one.bytes_total}
+            for operator, one in sorted(found.items())
+        }
+        typer.echo(json.dumps(rows))
+    elif not found:
+        typer.echo("no run has had anything yet")
+    else:
+        table = Table("operator", "runs", "rounds", "bytes")
+        for operator, one in sorted(found.items()):
+            table.add_row(operator or "(not signed)", f"{one.runs:,}", f"{one.rounds_total:,}", f"{one.bytes_total:,}")
+        rich_print(table)
+
+
+def _account(state: Path | None, name: str | None) -> Account:
+    import socket
+
+    from seqfed.client.consent import Account
+    from seqfed.common.identity import client_folder
+    from seqfed.common.wire import check_client_name
+
+    return Account(client_folder(state, check_client_name(name or socket.gethostname())))

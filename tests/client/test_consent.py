@@ -1,0 +1,331 @@
+"""What a session asks before each task: whose run it is, and an account of what was spent that outlives whatever happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seqfed.client.consent import Account, Consent
+from seqfed.client.policy import Policy, Spent
+from seqfed.common import authority, identity, signing
+from seqfed.common.authority import Authority
+from seqfed.common.config import validate
+from seqfed.common.errors import PolicyRefused, StorageError, StorageFull
+from seqfed.common.identity import Credentials, Role
+from seqfed.common.spec import RunSpec
+from seqfed.common.views import ModelVersion, Task, TaskKey, TaskKind
+
+NOW = identity.now()
+SPEC = validate(RunSpec, {"data": {"features": 3, "classes": 2}, "rounds": 5}, "test")
+TASK = Task(TaskKind.TRAIN, TaskKey("run-1", 1, 1), SPEC, ModelVersion(0, 400, b"model 0", b"layout"))
+
+
+def rules(**content: Any) -> Policy:
+    return validate(Policy, content, "policy.toml")
+
+
+def nth(number: int, task: Task = TASK, *, run: str | None = None, attempt: int = 1) -> Task:
+    """The training of a round, from the model of the one before."""
+    key = TaskKey(run or task.key.run, number, attempt)
+    return replace(task, key=key, model=replace(task.model, version=number - 1, digest=b"model %d" % (number - 1)))
+
+
+def scoring(number: int) -> Task:
+    task = nth(number)
+    return replace(task, kind=TaskKind.EVALUATE, model=replace(task.model, version=number, digest=b"model %d" % number))
+
+
+@pytest.fixture(scope="module")
+def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return authority.create(tmp_path_factory.mktemp("ca"), NOW)
+
+
+@pytest.fixture(scope="module")
+def anna(ca: Authority) -> Credentials:
+    return ca.credentials(Role.OPERATOR, "anna", now=NOW, days=10)
+
+
+def signed(task: Task, who: Credentials) -> Task:
+    return replace(task, signature=signing.sign(task.spec.canonical, who.key), certificate=who.certificate)
+
+
+# What is spent ------------------------------------------------------------------------------------------------------------
+
+
+def spent(account: Account, task: Task, operator: str = "anna") -> Spent:
+    seen: list[Spent] = []
+    account.charge(task, operator, seen.append)
+    (found,) = seen
+    return found
+
+
+def test_each_model_of_each_run_counts_once_and_bytes_each_time(tmp_path: Path) -> None:
+    account = Account(tmp_path)
+    assert spent(account, nth(1)) == Spent(1, 1, 1, 800)
+    assert spent(account, nth(1)) == Spent(1, 1, 1, 1600)  # the same again, after a restart
+    assert spent(account, nth(1, attempt=2)) == Spent(1, 1, 1, 2400)
+    assert spent(account, nth(2)) == Spent(1, 2, 2, 3200)
+    assert spent(account, scoring(1)) == Spent(1, 1, 1, 3600)
+    assert spent(account, nth(1, run="run-2")) == Spent(2, 1, 3, 4400)
+    assert spent(account, nth(1, run="run-3"), "berta") == Spent(1, 1, 1, 800)
+    assert account.operators() == {"anna": Spent(2, 0, 3, 4400), "berta": Spent(1, 0, 1, 800)}
+
+
+def test_another_model_under_the_same_round_is_another_round(tmp_path: Path) -> None:
+    account = Account(tmp_path)
+    spent(account, nth(1))
+    other = replace(nth(1), model=replace(TASK.model, digest=b"made to measure"))
+    assert spent(account, other).rounds == 2
+
+
+def test_a_refused_task_has_spent_nothing(tmp_path: Path) -> None:
+    account = Account(tmp_path)
+    spent(account, nth(1))
+
+    def refuse(_: Spent) -> None:
+        raise PolicyRefused("no")
+
+    for task in (nth(1), nth(2), nth(1, run="run-2")):
+        with pytest.raises(PolicyRefused):
+            account.charge(task, "anna", refuse)
+    assert spent(account, nth(2)) == Spent(1, 2, 2, 1600)
+
+
+def test_a_restart_forgets_nothing(tmp_path: Path) -> None:
+    account = Account(tmp_path)
+    for number in range(1, 4):
+        assert spent(account, nth(number)) == Spent(1, number, number, 800 * number)
+        account.close()
+        account = Account(tmp_path)
+    assert stat.S_IMODE(account.path.stat().st_mode) == 0o600
+
+
+CHARGING = """
+import sys
+from pathlib import Path
+from seqfed.client.consent import Account
+from tests.client.test_consent import nth
+account = Account(Path(sys.argv[1]))
+for number in range(1, 100_000):
+    account.charge(nth(number), "anna", lambda _: None)
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 7, 23])
+def test_a_killed_client_has_forgotten_nothing(tmp_path: Path, lines: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    with subprocess.Popen(
+        [sys.executable, "-c", CHARGING, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        told = [int(process.stdout.readline()) for _ in range(lines)]
+        process.send_signal(signal.SIGKILL)
+        told += [int(line) for line in process.stdout.read().split()]
+    found = Account(tmp_path).operators()["anna"]
+    assert len(told) <= found.rounds_total <= len(told) + 1
+    assert found.bytes_total == 800 * found.rounds_total
+
+
+def test_a_full_disk_refuses_and_forgets_nothing(tmp_path: Path) -> None:
+    account = Account(tmp_path)
+    spent(account, nth(1))
+    assert account._connection is not None
+    pages = account._connection.execute("PRAGMA page_count").fetchone()[0]
+    account._connection.execute(f"PRAGMA max_page_count = {pages}")
+    done = [1]
+
+    def go_on() -> None:
+        for number in range(2, 10_000):
+            spent(account, nth(number))
+            done.append(number)
+
+    with pytest.raises(StorageFull, match="what this run gets cannot be written down, and it gets nothing; free some"):
+        go_on()
+    account.close()
+    assert Account(tmp_path).operators()["anna"].rounds_total == len(done)
+
+
+@pytest.mark.parametrize("harm", ["garbage", "folder", "missing folder", "other tables"])
+def test_an_account_that_cannot_be_read_refuses(harm: str, tmp_path: Path) -> None:
+    folder = tmp_path / "none" if harm == "missing folder" else tmp_path
+    account = Account(folder)
+    if harm == "garbage":
+        account.path.write_bytes(b"not a database at all" * 100)
+    elif harm == "folder":
+        account.path.mkdir()
+    elif harm == "other tables":
+        with sqlite3.connect(account.path) as database:
+            database.execute("CREATE TABLE runs (run, operator, signature)")
+        database.close()
+    with pytest.raises(StorageError, match=r"account\.db: what runs have had of this client cannot be read or written"):
+        spent(account, nth(1))
+
+
+def test_another_process_that_reads_it_is_waited_for(tmp_path: Path) -> None:
+    account, reader = Account(tmp_path), Account(tmp_path)
+    spent(account, nth(1))
+    assert reader.operators() == account.operators()
+    assert spent(account, nth(2)).rounds == 2
+
+
+# Whose run it is -----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+def consent(policy: Policy | None, folder: Path, ca: Authority | None, **more: Any) -> Consent:
+    return Consent(policy, folder, None if ca is None else ca.pem, **more)
+
+
+def test_a_signed_run_of_a_named_operator_is_done(tmp_path: Path, ca: Authority, anna: Credentials) -> None:
+    ask = consent(rules(operators=["anna"], max_rounds=5), tmp_path, ca)
+    task = signed(TASK, anna)
+    for number in range(1, 6):
+        ask(nth(number, task))
+    assert Account(tmp_path).operators()["anna"].rounds_total == 5
+
+
+@pytest.mark.parametrize("policy", [None, Policy(), Policy(operators=("anna",))])
+def test_over_tls_a_run_that_nobody_has_signed_is_refused(policy: Policy | None, tmp_path: Path, ca: Authority) -> None:
+    with pytest.raises(
+        PolicyRefused, match="unsigned: nobody has signed this run, although the server has certificates"
+    ):
+        consent(policy, tmp_path, ca)(TASK)
+
+
+def test_one_may_allow_unsigned_runs_but_not_of_named_operators(tmp_path: Path, ca: Authority) -> None:
+    consent(rules(unsigned=True), tmp_path, ca)(TASK)
+    with pytest.raises(PolicyRefused, match="operators: the run is of nobody who has signed it"):
+        consent(rules(unsigned=True, operators=["anna"]), tmp_path, ca)(nth(2))
+
+
+def test_in_plaintext_nobody_is_known(tmp_path: Path, anna: Credentials) -> None:
+    consent(None, tmp_path, None)(TASK)
+    consent(Policy(), tmp_path, None)(signed(TASK, anna))
+    consent(Policy(), tmp_path, None)(nth(2))
+    assert Account(tmp_path).operators() == {"": Spent(1, 0, 2, 1600)}
+    with pytest.raises(PolicyRefused, match="operators: the run is of nobody"):
+        consent(rules(operators=["anna"]), tmp_path, None)(signed(TASK, anna))
+
+
+def test_a_specification_that_the_server_has_changed_is_refused(
+    tmp_path: Path, ca: Authority, anna: Credentials
+) -> None:
+    task = signed(TASK, anna)
+    other = validate(RunSpec, {"data": {"features": 3, "classes": 2}, "rounds": 6}, "test")
+    ask = consent(None, tmp_path, ca)
+    ask(task)
+    with pytest.raises(PolicyRefused, match="the run's signature: the signature of operator 'anna' is not of this"):
+        ask(replace(task, spec=other))
+
+
+@pytest.mark.parametrize("role", [Role.CLIENT, Role.VIEWER, Role.SERVER])
+def test_a_run_signed_by_somebody_else_than_an_operator_is_refused(role: Role, tmp_path: Path, ca: Authority) -> None:
+    own = ca.credentials(role, "anna", now=NOW)
+    with pytest.raises(PolicyRefused, match=f"signed by {role} 'anna', and only an operator may"):
+        consent(Policy(), tmp_path, ca)(signed(TASK, own))
+
+
+def test_a_run_of_another_federations_operator_is_refused(tmp_path: Path, ca: Authority) -> None:
+    other = authority.create(tmp_path / "other", NOW).credentials(Role.OPERATOR, "anna", now=NOW)
+    with pytest.raises(PolicyRefused, match="another CA"):
+        consent(Policy(), tmp_path, ca)(signed(TASK, other))
+
+
+def test_a_run_that_has_begun_outlives_its_operators_certificate(
+    tmp_path: Path, ca: Authority, anna: Credentials
+) -> None:
+    clock, task = Clock(), signed(TASK, anna)
+    ask = consent(Policy(), tmp_path, ca, clock=clock)
+    ask(nth(1, task))
+    clock.now = NOW + timedelta(days=11)
+    ask(nth(2, task))
+    with pytest.raises(PolicyRefused, match="the certificate ended on"):
+        ask(nth(1, signed(task, anna), run="run-2"))
+
+
+def test_a_copy_of_a_run_gets_nothing(tmp_path: Path, ca: Authority, anna: Credentials) -> None:
+    """A server that shows a signed run again under another id, to have more rounds of it."""
+    task = signed(TASK, anna)
+    ask = consent(Policy(), tmp_path, ca)
+    ask(task)
+    with pytest.raises(PolicyRefused, match="run run-2 has the signature of run run-1: it is a copy"):
+        ask(nth(1, task, run="run-2"))
+    ask(nth(1, signed(TASK, anna), run="run-2"))  # submitted once more
+
+
+def test_a_run_keeps_its_signature(tmp_path: Path, ca: Authority, anna: Credentials) -> None:
+    ask = consent(Policy(), tmp_path, ca)
+    ask(signed(TASK, anna))
+    with pytest.raises(PolicyRefused, match="run run-1 with another signature than before"):
+        ask(nth(2, signed(TASK, anna)))
+
+
+# The rules, applied ----------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_beyond_the_run_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PolicyRefused, match="round 6 is asked for of a run with 5 rounds"):
+        consent(Policy(), tmp_path, None)(nth(6))
+
+
+def test_a_server_that_asks_for_the_same_round_of_ever_other_models_runs_into_the_limit(tmp_path: Path) -> None:
+    ask = consent(rules(max_rounds=5), tmp_path, None)
+    for number in range(5):
+        ask(replace(TASK, model=replace(TASK.model, digest=b"%d" % number)))
+    with pytest.raises(PolicyRefused, match="max_rounds: 6 rounds in this run, and the limit is 5"):
+        ask(replace(TASK, model=replace(TASK.model, digest=b"one more")))
+
+
+def test_the_limits_of_an_operator_hold_over_all_its_runs_and_restarts(
+    tmp_path: Path, ca: Authority, anna: Credentials
+) -> None:
+    policy = rules(max_rounds_total=3, max_runs=2)
+    for run in ("run-1", "run-2"):
+        consent(policy, tmp_path, ca)(nth(1, signed(TASK, anna), run=run))
+    with pytest.raises(PolicyRefused, match="max_runs: 3 runs of this operator, and the limit is 2"):
+        consent(policy, tmp_path, ca)(nth(1, signed(TASK, anna), run="run-3"))
+    berta = ca.credentials(Role.OPERATOR, "berta", now=NOW)
+    consent(policy, tmp_path, ca)(nth(1, signed(TASK, berta), run="run-4"))
+
+
+def test_evaluations_are_judged_like_trainings(tmp_path: Path) -> None:
+    ask = consent(rules(max_bytes_total=1200), tmp_path, None)
+    ask(nth(1))
+    ask(scoring(1))
+    with pytest.raises(PolicyRefused, match="max_bytes_total: 1,600 bytes for this operator, in all its runs, and the"):
+        ask(scoring(2))
+
+
+def test_code_may_be_allowed_in_either_file(tmp_path: Path) -> None:
+    content = {"data": {"features": 3, "classes": 2}, "model": {"custom": "ours:net", "tensors": (("w", (1,)),)}}
+    task = replace(TASK, spec=validate(RunSpec, content, "test"))
+    for policy, allow in ((Policy(custom=("ours:net",)), ()), (Policy(), ("ours:net",)), (None, ("ours:net",))):
+        ask = consent(policy, tmp_path, None, allow_custom=allow)
+        ask(task)
+        assert "ours:net" in ask.custom
+    for policy in (None, Policy(), Policy(custom=("ours:other",))):
+        with pytest.raises(PolicyRefused, match="custom: the run's model is 'ours:net'"):
+            consent(policy, tmp_path, None)(task)
+
+
+def test_without_a_policy_nothing_is_written_down(tmp_path: Path, ca: Authority, anna: Credentials) -> None:
+    consent(None, tmp_path, ca)(signed(TASK, anna))
+    assert list(tmp_path.iterdir()) == []
