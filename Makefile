@@ -29,7 +29,7 @@ PINS_VENV := build/pins
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-fast test-slow compose-test lint format type bench docs stubs pins dist clean
+.PHONY: help venv demo test test-fast test-slow compose-test lint audit format type bench docs stubs pins dist clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | \
@@ -79,12 +79,16 @@ test-slow: $(DEV_STAMP) ## the tests marked slow
 compose-test: $(DEV_STAMP) ## a whole training in containers; skipped where no engine answers
 	@$(BIN)/python -m pytest -m compose $(PYTEST_ARGS)
 
-lint: $(DEV_STAMP) ## ruff, both type checkers, the import contracts, the stubs
+lint: $(DEV_STAMP) ## ruff, both type checkers, the import contracts, the stubs, no secrets
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(MAKE) --no-print-directory type
 	@$(BIN)/lint-imports
 	@$(BIN)/python protos/generate.py --check
+	@$(BIN)/python .ci/audit.py
+
+audit: $(DEV_STAMP) ## secrets in files and pins that are not exact; with pip-audit and a network also known vulnerabilities
+	@$(BIN)/python .ci/audit.py --online
 
 type: $(DEV_STAMP) ## mypy and pyright
 	@$(BIN)/mypy
@@ -94,7 +98,7 @@ format: $(DEV_STAMP) ## rewrite the code as ruff would have it
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-bench: $(DEV_STAMP) ## measure: NAME=rounds|memory|startup|training|quality, ARGS='--help' tells its options
+bench: $(DEV_STAMP) ## measure: NAME=rounds|memory|startup|training|quality|fuzz, ARGS='--help' tells its options
 	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
 # --- making things from it ---------------------------------------------------------------------
@@ -118,7 +122,7 @@ pins: ## resolve every pin in constraints.txt anew
 	@$(PINS_VENV)/bin/pip install --quiet --upgrade pip
 	@$(PINS_VENV)/bin/pip install --quiet --upgrade \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH) \
-		--editable '.[demo]' --group dev
+		--editable '.[demo]' --group dev --group fuzz
 	@sed -n '/^#/p' constraints.txt > build/constraints.txt
 	@$(PINS_VENV)/bin/pip freeze --all --exclude-editable | grep -v '^#' | sed 's/+cpu$$//' \
 		>> build/constraints.txt

@@ -1,6 +1,6 @@
 """What must not be in the repository, and what the pins must be: private keys, tokens, passwords in URLs; exact versions.
 
-Works offline and in a second. A file of tests that needs such text says so in its line with `audit: fixture`. With --online
+Works offline and in a second. A file of tests that needs such text says so in its line with `audit: fixture`, or as ruff wants it. With --online
 also asks pip-audit, where it is installed and reaches the network, for known vulnerabilities of the pinned versions.
 """
 
@@ -20,7 +20,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-MARKER: Final = "audit: fixture"
+MARKERS: Final = ("audit: fixture", "noqa: S105")  # the second is ruff's, of the same meaning
 BINARY: Final = b"-----BEGIN "  # looked for in files that are no text too
 LARGEST: Final = 4 << 20  # bytes of a file that is looked into
 SECRETS: Final = {
@@ -36,7 +36,9 @@ SECRETS: Final = {
     "a password in a URL": re.compile(
         r"\b[a-z][a-z0-9+.-]*://[^\s/:@\"'<>{}$]+:(?!(?:password|secret|geheim|\.{3}|\*+|[A-Z_]+)@)[^\s/@\"'<>{}$]+@[\w\[]"
     ),
-    "a password": re.compile(r"""(?i)\b(?:password|passwd|secret_key|api_key)["']?\s*[:=]\s*["'][^"'\s{}$<>]{8,}["']"""),
+    "a password": re.compile(
+        r"""(?i)\b(?:password|passwd|secret_key|api_key)["']?\s*[:=]\s*["'][^"'\s{}$<>]{8,}["']"""
+    ),
 }
 PIN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[0-9][A-Za-z0-9.!]*")
 
@@ -52,7 +54,9 @@ def main() -> None:
     if found:
         raise SystemExit(1)
     if not given.online:
-        print("no secrets; pins are exact. Known vulnerabilities: not looked for; `make audit` asks where there is a network")
+        print(
+            "no secrets; pins are exact. Known vulnerabilities: not looked for; `make audit` asks where there is a network"
+        )
 
 
 # Secrets --------------------------------------------------------------------------------------------------------------
@@ -70,7 +74,7 @@ def secrets(root: Path) -> Iterator[str]:
         if b"\0" in data and BINARY not in data:
             continue
         for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
-            if MARKER not in line:
+            if not any(one in line for one in MARKERS):
                 yield from (f"{name}:{number}: looks like {what}" for what, one in SECRETS.items() if one.search(line))
 
 

@@ -135,10 +135,12 @@ async def test_joining_says_what_is_in_hand_and_hears_of_the_spread(working: Tas
     assert (hello.working.run, hello.working.round, hello.working.attempt) == (("run", 3, 2) if working else ("", 0, 0))
 
 
-@pytest.mark.parametrize("spread", [-1.0, float("nan"), float("inf"), 1e9])
-async def test_a_senseless_spread_is_none(spread: float) -> None:
+@pytest.mark.parametrize(
+    ("spread", "kept"), [(-1.0, 0.0), (float("nan"), 0.0), (75.0, 75.0), (float("inf"), 600.0), (1e9, 600.0)]
+)
+async def test_a_spread_is_kept_within_reason(spread: float, kept: float) -> None:
     async with joined(Fake(spread=spread)) as (_, heard):
-        assert heard == 0.0
+        assert heard == kept
 
 
 @pytest.mark.parametrize("size", [SMALL, CHUNK_BYTES])

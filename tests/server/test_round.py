@@ -550,7 +550,7 @@ def test_a_restart_while_waiting_changes_nothing() -> None:
     for phase in (Phase.QUEUED, Phase.GATHERING, Phase.PAUSED):
         spec, run = in_phase(phase)
         run = load_state(dump_state(run))
-        assert on(spec, run, Restarted()) == (run, ())
+        assert on(spec, run, Restarted()) == (replace(run, back=run.here), ())
 
 
 def test_a_restart_in_training_keeps_the_cohort_and_folds_again_what_is_there() -> None:

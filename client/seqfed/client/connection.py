@@ -46,7 +46,7 @@ class Connection:
         with raising(self._address):
             reply = await self._stub.Join(request, timeout=ANSWER_S)
         self._metadata = ((wire.SESSION_METADATA, reply.session),)
-        return reply.spread_s if 0 < reply.spread_s < LONGEST_SPREAD else 0.0
+        return min(reply.spread_s, LONGEST_SPREAD) if reply.spread_s > 0 else 0.0
 
     async def listen(self) -> AsyncIterator[views.Task]:
         """The server's tasks, until the stream ends; one that this version does not understand is declined."""

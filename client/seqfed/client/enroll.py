@@ -40,14 +40,15 @@ async def enroll(address: str, token: str, ca: bytes, name: str, folder: Path, *
     A key that an enrolment left there without a certificate is used. Raises ConfigError if there is a whole folder and
     `replace` was not asked for, Unauthenticated, ServerUnavailable, StorageError and what else the server refuses with.
     """
-    place = folder / identity.KEY
+    # Beside the old one until there is a certificate for it: a refused token leaves what was there as it was.
+    place = folder / (f"new-{identity.KEY}" if replace else identity.KEY)
     if (folder / identity.CERTIFICATE).exists() and not replace:
         raise ConfigError(
             f"{folder} has a certificate already, which renews itself; pass --force to enrol anew with another key"
         )
     identity.make_folder(folder)
-    if replace or not place.exists():
-        identity.write_private(place, key := identity.new_key(), replace=replace)
+    if not place.exists():
+        identity.write_private(place, key := identity.new_key())
     else:
         key = identity.read_private(place)
     request = federation_pb2.EnrollRequest(token=token, csr=identity.request(key, name))
@@ -57,7 +58,9 @@ async def enroll(address: str, token: str, ca: bytes, name: str, folder: Path, *
             reply = await EnrollmentStub(channel).Enroll(request, timeout=ANSWER_S)
     found = Credentials(key, reply.certificate, ca)
     whose = _checked(found, name)
-    identity.save_credentials(folder, found)
+    identity.save_credentials(folder, found, replace=replace)
+    if replace:
+        place.unlink()
     return whose
 
 

@@ -74,11 +74,8 @@ BROKEN = (ServerUnavailable, BrokenTransfer)  # what a transfer ends with if the
 # Trying again may. Also where our certificate is refused: the server may be mended, or this client enrolled anew.
 PASSING = (*BROKEN, UnknownSession, Unauthenticated, Overloaded, RateLimited, LeaseLost, StorageFull, StorageError)
 OUTDATED = (WrongRound, RunEnded, NoModel, UnknownRun, DuplicateUpdate)  # the federation has gone on without this work
-UNHURRIED = (
-    Stage.READING,
-    Stage.FETCHING,
-    Stage.SENDING,
-)  # told even if nothing moved: what they wait for is elsewhere
+UNHURRIED: Final = (Stage.FETCHING, Stage.SENDING)  # told even if nothing moved: what they wait for is elsewhere
+READING_S: Final = 600.0  # so long may the data be read without a sign of it
 
 
 class Backoff:
@@ -104,6 +101,7 @@ class _Hand:
     task: views.Task
     key: views.TaskKey
     progress: Progress = field(default_factory=lambda: Progress(Stage.READING))
+    reads_until: float = 0.0  # clock reading until which it may read its data without any progress
     dropped: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def drop(self) -> None:
@@ -317,7 +315,9 @@ class Session:
         task = hand.task
         if self._consent is not None:
             await asyncio.to_thread(self._consent, task)
+        hand.reads_until = asyncio.get_running_loop().time() + READING_S
         await asyncio.to_thread(self._workshop.check, task)  # the first of a run reads the data
+        hand.reads_until = 0.0
         flat = await self._fetch(hand)
         if task.kind is TaskKind.EVALUATE:
             tally = await asyncio.to_thread(self._workshop.evaluate, task, flat, hand.tell_wanted)
@@ -450,7 +450,8 @@ class Session:
         while True:
             await asyncio.sleep(BEAT_S)
             connection, progress = self._connection, hand.progress
-            if connection is None or (told == (connection, progress) and progress.stage not in UNHURRIED):
+            unhurried = progress.stage in UNHURRIED or asyncio.get_running_loop().time() < hand.reads_until
+            if connection is None or (told == (connection, progress) and not unhurried):
                 continue
             try:
                 await connection.report_progress(hand.key, progress)

@@ -22,7 +22,7 @@ def parse(address: str) -> tuple[str, int]:
     if bracketed := host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     numeric = bracketed or ":" in host
-    if not _is_host(host, numeric) or not port.isdecimal() or not 0 <= int(port) <= 65_535:
+    if not _is_host(host, numeric) or not port.isdecimal() or len(port) > 5 or int(port) > 65_535:
         raise ConfigError(
             f"'{address}' is not HOST:PORT with a port from 0 to 65535 (example: localhost:{DEFAULT_PORT})"
         )

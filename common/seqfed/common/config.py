@@ -32,7 +32,7 @@ def load_toml(
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); is it a TOML file?") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and arrays as deep
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     for name, table in (tables or {}).items():
@@ -91,5 +91,8 @@ def _fields_at(kind: type[BaseModel], place: tuple[int | str, ...]) -> list[str]
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"a huge {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -76,12 +76,13 @@ def day(moment: datetime) -> str:
 def load_certificate(pem: bytes) -> x509.Certificate:
     """The first certificate in PEM text; raises Unauthenticated."""
     from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
 
     if len(pem) > MAX_PEM:
         raise Unauthenticated(f"a certificate of {len(pem):,} bytes; {MAX_PEM:,} is the limit")
     try:
         return x509.load_pem_x509_certificate(pem)
-    except ValueError:
+    except (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm):
         raise Unauthenticated("this is no certificate in PEM form") from None
 
 
@@ -132,18 +133,24 @@ def verify_chain(pem: bytes, ca_pem: bytes, now: datetime) -> Identity:
     Raises Unauthenticated if the CA did not issue it or one of the two is not valid now, NotAllowed as `identity_of` does.
     """
     from cryptography import x509
-    from cryptography.exceptions import InvalidSignature
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
     certificate, ca = load_certificate(pem), load_certificate(ca_pem)
     try:
         is_ca = ca.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, ValueError):
+    except (
+        x509.ExtensionNotFound,
+        x509.DuplicateExtension,
+        x509.UnsupportedGeneralNameType,
+        ValueError,
+        UnsupportedAlgorithm,
+    ):
         is_ca = False
     if not is_ca:
         raise Unauthenticated("what should be the CA's certificate is not one")
     try:
         certificate.verify_directly_issued_by(ca)
-    except (ValueError, TypeError, InvalidSignature):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         raise Unauthenticated("the certificate is of another CA than this federation's") from None
     for one, what in ((ca, "the CA's certificate"), (certificate, "the certificate")):
         if now < one.not_valid_before_utc:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Shape = Annotated[tuple[Annotated[int, Field(ge=1, le=1 << 40)], ...], Field(max_length=32, strict=False)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]  # of a column, or a value in one
 
 
@@ -171,7 +172,7 @@ class ModelSpec(Settings):
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
         description="module:function that makes the torch module from the RunSpec, instead of all the above",
     )
-    tensors: tuple[tuple[str, tuple[int, ...]], ...] | None = Field(
+    tensors: tuple[tuple[Name, Shape], ...] | None = Field(
         strict=False, default=None, description="names and shapes of a custom model; `seqfed submit` fills them in"
     )
 
@@ -183,6 +184,11 @@ class ModelSpec(Settings):
             raise ValueError("model.projection belongs to kind = 'lstm', and must be smaller than hidden")
         if self.tensors is not None and self.custom is None:
             raise ValueError("model.tensors belong to a custom model")
+        names = [name for name, _ in self.tensors or ()]
+        if self.tensors is not None and not names:
+            raise ValueError("model.tensors names none; a model has at least one")
+        if len(set(names)) != len(names) or "__metadata__" in names:
+            raise ValueError("model.tensors has a name twice, or '__metadata__', which model files need for themselves")
         return self
 
 

@@ -83,12 +83,12 @@ def sign(token: Token, key: ec.EllipticCurvePrivateKey) -> str:
 
 def verify(text: str, ca_pem: bytes, now: datetime) -> Token:
     """What this token of this CA says; raises Unauthenticated for one that is not of this CA, altered, or over."""
-    from cryptography.exceptions import InvalidSignature
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    key = identity.load_certificate(ca_pem).public_key()
     try:
+        key = identity.load_certificate(ca_pem).public_key()
         if len(text) > MAX_TOKEN or not isinstance(key, ec.EllipticCurvePublicKey):
             raise ValueError("not ours")
         payload, signature = (
@@ -98,7 +98,7 @@ def verify(text: str, ca_pem: bytes, now: datetime) -> Token:
         key.verify(signature, PREFIX + payload, ec.ECDSA(hashes.SHA256()))
         token = validate_json(Token, payload, "the token")
         check_client_name(token.client)
-    except (ValueError, binascii.Error, InvalidSignature, ConfigError, InvalidName):
+    except (ValueError, binascii.Error, InvalidSignature, UnsupportedAlgorithm, ConfigError, InvalidName):
         raise Unauthenticated("the token is not one of this federation's CA, or was altered on the way") from None
     if token.fingerprint != fingerprint(ca_pem):
         raise Unauthenticated("the token was made for another certificate of the CA; make a new token")

@@ -258,6 +258,7 @@ class Access(grpc.aio.ServerInterceptor):
         try:
             found = self._identity(context)
             who = _address(context) if found is None else key(found, always=True)
+            self._require_good(found)
             self._check(method, who, found, context)
             call = Call(who, method, found, self._refused)
         except Exception as error:  # noqa: BLE001 - the table decides what of it the stranger learns
@@ -269,13 +270,18 @@ class Access(grpc.aio.ServerInterceptor):
         return call
 
     def _identity(self, context: Context) -> Identity | None:
-        """Whose certificate the connection has, if it is good; None in plaintext."""
+        """Whose certificate the connection has; None in plaintext."""
         if not self._secure:
             return None
         shown = next(iter(context.auth_context().get("x509_pem_cert") or ()), b"")  # the chain begins with the caller's
         if not shown:
             raise Unauthenticated("the connection has no certificate; enrol, or ask the federation's operator for one")
-        found = _identity_of(shown)
+        return _identity_of(shown)
+
+    def _require_good(self, found: Identity | None) -> None:
+        """Raise Unauthenticated unless the certificate is valid now and was not revoked."""
+        if found is None:
+            return
         now = identity.now()
         if not found.not_before <= now <= found.not_after:
             raise Unauthenticated(
@@ -284,7 +290,6 @@ class Access(grpc.aio.ServerInterceptor):
             )
         if self.is_revoked(found):
             raise Unauthenticated(f"the certificate of {found} was revoked; enrol again with a new token")
-        return found
 
     def _check(self, method: str, who: str, found: Identity | None, context: Context) -> None:
         """Raise NotAllowed, RateLimited or TooLarge unless this caller may call this now."""

@@ -48,13 +48,15 @@ from seqfed.server.audit import Audit, Kind, Note
 from seqfed.server.hub import Connection, Hub
 from seqfed.server.intake import Intake, Patience, check_tally
 from seqfed.server.live import Live, Work, revive
-from seqfed.server.round import ACTIVE, ENDED, Phase, Run
+from seqfed.server.round import ACTIVE, ENDED, FORGIVEN, Phase, Run
 from seqfed.server.settings import ServerSettings
 from seqfed.server.store import KnownClient, Store, UpdateRow
 
 log = logging.getLogger("seqfed.server")
 
+COMMIT_TRIES = 24  # of a model that is made already, before its run pauses: a database may be away for a while
 STORE_AGAIN_S = 5.0  # before an event is tried again that the store could not take
+LATELY_S = 86_400.0  # who was here since then may be among those who come back all at once
 SPREAD = 1.5  # of the time that it takes to admit all clients: at full rate some would be refused by mere chance
 SCANS = 6  # looks for silent clients in the time after which one is silent
 
@@ -118,7 +120,7 @@ class Coordinator:
         self.closing = False
         self._tidying: set[asyncio.Future[None]] = set()
         self.seen: dict[str, float] = {}  # when a client that is away was last here, in seconds since the epoch
-        self._known: set[str] = set()  # every client that was ever here
+        self._known: set[str] = set()  # every client that was here lately
         self._new: dict[str, KnownClient] = {}  # what the store is yet to be told of them
         self._joins = 0.0  # how full the allowance of joins is used, and when that was reckoned
         self._joins_at = 0.0
@@ -128,7 +130,8 @@ class Coordinator:
 
     async def take_up(self) -> None:
         """Take up what the store holds; before anybody can call, so that nobody who comes is overlooked."""
-        self._known = {one.client for one in await asyncio.to_thread(self.store.clients)}
+        lately = time.time() - LATELY_S
+        self._known = {one.client for one in await asyncio.to_thread(self.store.clients) if one.seen > lately}
         self.access.remember(await asyncio.to_thread(self.store.revoked))
         for stored in await asyncio.to_thread(self.store.runs):
             live = self.lives[stored.run] = revive(stored)
@@ -140,7 +143,8 @@ class Coordinator:
                     del live.updates[client]
                 now = asyncio.get_running_loop().time()
                 live.mark = (now, live.bytes_up, live.bytes_down)
-                live.work = {client: Work(now, now) for client, _ in live.state.working}
+                # They may take as long to come back as they are spread.
+                live.work = {client: Work(now, now + self.spread_s) for client, _ in live.state.working}
                 self._scan_later(live)
                 self._post(live, machine.Restarted(lost))
 
@@ -291,7 +295,17 @@ class Coordinator:
     async def _follow(self, live: Live, event: machine.Event, model: ModelFile | None = None) -> None:
         """A step that an effect itself brought about, and its own effects."""
         state, effects = machine.on(live.spec, live.state, event)
-        await self._commit(live, state, effects, [], model)
+        for left in reversed(range(COMMIT_TRIES if model is not None else 1)):
+            try:
+                await self._commit(live, state, effects, [], model)
+                break
+            except StorageError as error:
+                if not left or self.closing:
+                    raise
+                live.log().error("%s; again in %g s", error, STORE_AGAIN_S)
+                live.trouble = f"{error}; trying again every {STORE_AGAIN_S:g} s"
+                live.tell()
+                await asyncio.sleep(STORE_AGAIN_S)
         await self._perform(live, effects)
 
     async def _commit(
@@ -415,7 +429,10 @@ class Coordinator:
         task = self._task(live, ASKS[live.state.phase])
         now = asyncio.get_running_loop().time()
         for client in clients:
-            live.work.setdefault(client, Work(now, now)).heard = now
+            work = live.work.setdefault(client, Work(now, now))
+            if work.asked_again < FORGIVEN:  # who comes back again and again is at work only if it says so
+                work.heard = now
+            work.asked_again += 1
             if client in live.state.present:
                 self.hub.push(client, self._with_model(live, client, task))
         if live.scan is None:
@@ -431,8 +448,8 @@ class Coordinator:
             return
         oldest = asyncio.get_running_loop().time() - live.spec.cohort.silence_s
         for client, _ in live.state.working:
-            work = live.work.get(client)
-            if work is not None and work.heard <= oldest and client not in live.state.silent:
+            work = live.work.setdefault(client, Work(oldest, oldest))
+            if work.heard <= oldest and client not in live.state.silent:
                 live.log(client).warning("nothing heard of its work for %g s", live.spec.cohort.silence_s)
                 self._post(live, machine.Silence(client))
         live.tell()

@@ -182,7 +182,8 @@ class Desk:
             task=f"{task.kind.value} in round {task.key.round} of {task.key.run}" if task is not None else "",
             schema=connection.schema if connection is not None else known.schema,
             software=connection.software if connection is not None else known.software,
-            revoked=self._coordinator.access.revoked_at(known.client) is not None,
+            # One that is connected has shown a certificate that is good.
+            revoked=connection is None and self._coordinator.access.revoked_at(known.client) is not None,
         )
 
     # Who belongs, and what was done -------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Final
 
 from seqfed.common.spec import RunSpec
 from seqfed.common.views import Stage, TaskView
-from seqfed.server.round import ENDED, Phase, Run, refusals
+from seqfed.server.round import BACK_S, ENDED, Phase, Run, refusals
 
 QUIET_S: Final = 15.0  # a client that works says so every 5 s, so after three times that its silence is news
 
@@ -38,6 +38,11 @@ def explain(
                 return _too_few(spec, missing, fitting, misfits) + before
             if run.phase is Phase.QUEUED and turn_of is not None:
                 return f"queued: run {turn_of} has its turn"
+            if len(fitting) < run.back:
+                return (
+                    f"after the restart waits up to {BACK_S:g} s for the {run.back} clients that were there; "
+                    f"{len(fitting)} are back"
+                )
             if run.owing:
                 late = [name for name, _ in run.owing]
                 return f"waits for {len(late)} that still work on an earlier round: {_some(late)}{before}"
@@ -50,13 +55,14 @@ def explain(
 
 def _at_work(spec: RunSpec, run: Run, tasks: Sequence[TaskView], deadline_s: float | None) -> str:
     of = {one.client: one for one in tasks if one.round == run.round}
-    told = [_told(name, of.get(name)) for name in run.pending]
+    told = [_told(name, of.get(name)) for name in run.awaited]
+    told += [f"{_told(name, of.get(name))} (no longer waited for)" for name in run.silent]
     if run.phase is Phase.EVALUATING:
-        head = f"the model of round {run.round} waits for {len(told)} of {len(run.cohort)} to score it"
+        head = f"the model of round {run.round} waits for {len(run.awaited)} of {len(run.cohort)} to score it"
     elif spec.asynchronous is not None:
         head = f"round {run.round} has {len(run.folded) + len(run.late)} of {run.target} updates"
     else:
-        head = f"round {run.round} waits for {len(told)} of {len(run.cohort)}"
+        head = f"round {run.round} waits for {len(run.awaited)} of {len(run.cohort)}"
     late = [f"{_told(one.client, one)} (of round {one.round})" for one in tasks if one.round != run.round]
     ends = [f"deadline in {deadline_s:.0f} s"] if deadline_s is not None else []
     return f"{head}: {', '.join([_some([*told, *late]), *ends])}"

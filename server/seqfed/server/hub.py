@@ -105,21 +105,29 @@ class Hub:
     async def listen(self, session: str) -> AsyncGenerator[Task, None]:
         """The tasks of this session as they come, until it is replaced or the caller stops listening."""
         connection = self.connection(session)
+        if connection.listening:  # another stream of the same session takes the first one's place
+            connection.tasks.put_nowait(None)
+            connection.tasks = asyncio.Queue()
+        tasks = connection.tasks
         connection.listening = True
         self.changes += 1
         self._on_change(connection.client, None)
         try:
-            while (task := await connection.tasks.get()) is not None:
+            while (task := await tasks.get()) is not None:
                 yield task
         finally:
-            connection.listening = False
-            self.changes += 1
-            successor = self._by_name.get(connection.client)
-            if successor is connection:
-                del self._by_name[connection.client]
-                self._by_session.pop(connection.session, None)
-            if successor is connection or successor is None or not successor.listening:
-                self._on_change(None, connection.client)
+            if connection.tasks is tasks:
+                self._ended(connection)
+
+    def _ended(self, connection: Connection) -> None:
+        connection.listening = False
+        self.changes += 1
+        successor = self._by_name.get(connection.client)
+        if successor is connection:
+            del self._by_name[connection.client]
+            self._by_session.pop(connection.session, None)
+        if successor is connection or successor is None or not successor.listening:
+            self._on_change(None, connection.client)
 
     def push(self, client: str, task: Task) -> None:
         """Send a task to a client; to one that is away nothing, since it is asked when it comes back."""

@@ -27,6 +27,7 @@ class Work:
     asked: float
     heard: float
     progress: views.Progress | None = None
+    asked_again: int = 0
 
 
 @dataclass(eq=False)

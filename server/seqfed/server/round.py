@@ -40,10 +40,14 @@ from seqfed.common.metrics import SMALLER_IS_BETTER, add, spread, summary
 from seqfed.common.seeds import generator
 from seqfed.common.spec import RunSpec
 
+FORGIVEN: Final = (
+    2  # rounds missed in a row after which to connect anew no longer ends the rest: it may crash each time
+)
 LONGEST_REST: Final = 16  # rounds
 TIMES: Final = 50  # answers that the adaptive deadline is made of
 FEWEST_TIMES: Final = 5  # before there are so many, the deadline is the fixed one
 SHORTEST_DEADLINE: Final = 1.0  # seconds: however quick the last answers were
+BACK_S: Final = 60.0  # after a restart, for all who were there: a cohort of the first few back would be another one
 MOST_WORDS: Final = 300  # letters of why a client declines: they are kept, and saved at every step
 
 
@@ -75,6 +79,8 @@ class Run:
     attempt: int = 0  # of this round; a restart of the daemon makes one more
     given_up: int = 0  # attempts of this round that were given up
     target: int = 0  # updates that this round wants
+    here: int = 0  # how many clients were present when a cohort was last drawn
+    back: int = 0  # after a restart: so many are waited for, up to BACK_S, before the next is drawn
     cohort: tuple[str, ...] = ()  # asked in this phase
     folded: tuple[str, ...] = ()  # their updates of this round are in its sum
     late: tuple[
@@ -355,6 +361,10 @@ def _next_round(spec: RunSpec, run: Run) -> Step:
 
 def _gather(spec: RunSpec, run: Run) -> Step:
     """The next attempt at this round with a cohort drawn anew, or a wait for the clients that it needs."""
+    if len(run.present) < run.back:
+        waits = () if run.phase is Phase.GATHERING else (StartDeadline(BACK_S),)
+        return replace(run, phase=Phase.GATHERING, cohort=(), failed=(), silent=()), waits
+    run = replace(run, back=0)
     pool = _askable(spec, run)
     target = _target(spec, run, pool)
     if target is None:
@@ -362,7 +372,8 @@ def _gather(spec: RunSpec, run: Run) -> Step:
         if _target(spec, run, (*pool, *_declining(run))) is None:
             return waiting, ()
         return _suspend(replace(waiting, reason=f"round {run.round}: {refusals(run)}; `seqfed resume` asks them again"))
-    return _begin_attempt(spec, replace(run, target=target), choose(spec, replace(run, target=target), pool))
+    ready = replace(run, target=target, here=len(run.present))
+    return _begin_attempt(spec, ready, choose(spec, ready, pool))
 
 
 def _askable(spec: RunSpec, run: Run) -> tuple[str, ...]:
@@ -422,9 +433,14 @@ def _begin_attempt(spec: RunSpec, run: Run, cohort: tuple[str, ...]) -> Step:
     """One more try at this round; the updates that are complete already count."""
     state = replace(run, phase=Phase.TRAINING, attempt=run.attempt + 1, cohort=cohort, failed=(), silent=())
     folds = tuple(Fold(name) for name in (*state.folded, *(name for name, _ in state.late)))
-    settled, effects = _settle(spec, state)
-    asks = (StartDeadline(deadline(spec, run)), Ask(state.pending)) if settled is state else ()
-    return settled, (OpenSum(), *folds, *asks, *effects)
+    if _counted(spec, state) >= state.target and (state.folded or state.late):  # full already, so nobody is asked
+        full, effects = _commit(spec, replace(state, cohort=tuple(sorted(state.folded))), ())
+        return full, (OpenSum(), *folds, *effects)
+    if not state.pending and not (spec.asynchronous and state.owing):
+        settled, effects = _settle(spec, state)
+        return settled, (OpenSum(), *folds, *effects)
+    asks = (Ask(state.pending),) if state.pending else ()
+    return state, (OpenSum(), *folds, StartDeadline(deadline(spec, run)), *asks)
 
 
 def deadline(spec: RunSpec, run: Run) -> float:
@@ -715,7 +731,7 @@ def _close(spec: RunSpec, run: Run, paused: str = "") -> Step:
     dismissed = _dismiss((name, run.round) for name in run.pending)
     run = replace(run, evaluation=(), scores=(), newest=tuple(metrics.items()) or run.newest)
     metric = metrics.get(spec.convergence.metric) if spec.convergence else None
-    if spec.convergence and metric is not None:
+    if spec.convergence and metric is not None and not paused:  # a pause has cut the evaluation short
         sign = 1 if spec.convergence.metric in SMALLER_IS_BETTER else -1
         better = run.best is None or sign * (run.best - metric) > spec.convergence.min_delta
         run = replace(run, best=metric if better else run.best, stale=0 if better else run.stale + 1)
@@ -748,7 +764,9 @@ def _presence(run: Run, event: ClientsChanged) -> Run:
     return replace(
         run,
         present=(run.present - set(event.left)) | arrived,
-        missed=tuple((name, count, 0 if name in arrived else until) for name, count, until in run.missed),
+        missed=tuple(
+            (name, count, 0 if name in arrived and count <= FORGIVEN else until) for name, count, until in run.missed
+        ),
         declined=tuple(one for one in run.declined if one[0] not in arrived),
         owing=tuple(one for one in run.owing if one[0] not in arrived or one in event.working),
     )
@@ -756,6 +774,12 @@ def _presence(run: Run, event: ClientsChanged) -> Run:
 
 def _present(_: RunSpec, run: Run, event: ClientsChanged) -> Step:
     return _presence(run, event), ()
+
+
+def _waited_enough(spec: RunSpec, run: Run, event: DeadlinePassed) -> Step:
+    if (event.round, event.attempt, event.phase) != (run.round, run.attempt, run.phase) or not run.back:
+        return run, ()
+    return _gather(spec, replace(run, back=0))
 
 
 def _trainers_changed(spec: RunSpec, run: Run, event: ClientsChanged) -> Step:
@@ -819,14 +843,16 @@ def _restarted(spec: RunSpec, run: Run, event: Restarted) -> Step:
         case Phase.COMMITTING if (alone.folded, alone.late) == (run.folded, run.late):
             folds = tuple(Fold(name) for name in (*run.folded, *(name for name, _ in run.late)))
             return replace(alone, attempt=run.attempt + 1), (OpenSum(), *folds, CommitModel())
-        case _:
-            return _begin_attempt(spec, alone, run.cohort)
+        case _:  # of a commit whose updates are lost in part, nobody owes: all are asked again
+            owing = tuple(one for one in alone.owing if one[1] != run.round)
+            return _begin_attempt(spec, replace(alone, owing=owing), run.cohort)
 
 
 def _restarted_waiting(_: RunSpec, run: Run, event: Restarted) -> Step:
     kept = tuple(name for name in run.folded if name not in event.lost)
     late = tuple(one for one in run.late if one[0] not in event.lost)
-    return replace(run, present=frozenset(), declined=(), folded=kept, late=late), ()
+    alone = replace(run, present=frozenset(), declined=(), folded=kept, late=late, back=run.here)
+    return alone, (StartDeadline(BACK_S),) if run.phase is Phase.GATHERING and run.here else ()
 
 
 def _require_round(run: Run, round_: int, client: str) -> None:
@@ -856,7 +882,7 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[type, Callable[[RunSpec, Run, Any], St
         EvaluationArrived: _late,
         TaskFailed: _gathering(_owing_failed),
         Silence: _gathering(_silence),
-        DeadlinePassed: _unmoved,
+        DeadlinePassed: _waited_enough,
         PauseRequested: _pause,
         StopRequested: _stop,
         Broken: _broken,

@@ -294,8 +294,10 @@ class Admin(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.ExportModelRequest, context: Context
     ) -> AsyncIterator[federation_pb2.Chunk]:
         async with refusing(context):
-            offset = min(request.offset, 1 << 62)  # beyond any file's end there is nothing, and no error
             with self._desk.find(request.run).model.path.open("rb", buffering=0) as file:
+                offset = min(
+                    request.offset, os.fstat(file.fileno()).st_size
+                )  # beyond its end there is nothing, and no error
                 file.seek(offset)
                 while data := file.read(CHUNK_BYTES):
                     yield federation_pb2.Chunk(offset=offset, data=data)

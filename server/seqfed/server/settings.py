@@ -54,11 +54,11 @@ class ServerSettings(Settings):
         default=5.0, gt=0, description="enrolments refused in a second that are told why; good ones always pass"
     )
     certificate_days: float = Field(
-        default=90.0, gt=0, le=3650, description="days that a certificate lasts; it is renewed when a third is left"
+        default=90.0, ge=0.01, le=3650, description="days that a certificate lasts; it is renewed when a third is left"
     )
     insecure: bool = Field(default=False, description="allow plaintext off the loopback interface")
     uploads_in_flight: int = Field(
-        default=8, ge=1, le=1024, description="updates received at the same time; others wait"
+        default=32, ge=1, le=1024, description="updates received at the same time; others wait"
     )
     upload_stall_s: float = Field(
         default=60.0,

@@ -203,7 +203,8 @@ class Store:
             return [self._stored(connection, row) for row in rows]
 
     def _stored(self, connection: sa.Connection, row: sa.Row[Any]) -> StoredRun:
-        spec = RunSpec.model_validate_json(row.spec)
+        with _readable("the saved specification of a run"):
+            spec = RunSpec.model_validate_json(row.spec)
         newest = connection.execute(
             sa.select(MODELS).where(MODELS.c.run == row.run).order_by(MODELS.c.version.desc()).limit(1)
         ).one()
@@ -497,7 +498,8 @@ def _add_model(connection: sa.Connection, run: str, version: int, model: ModelFi
 
 
 def _record(text: str) -> RoundRecord:
-    return RoundRecord(**{name: _tuples(value) for name, value in json.loads(text).items()})
+    with _readable("the saved record of a round"):
+        return RoundRecord(**{name: _tuples(value) for name, value in json.loads(text).items()})
 
 
 def dump_state(state: Run) -> str:
@@ -508,9 +510,24 @@ def dump_state(state: Run) -> str:
 
 
 def load_state(text: str) -> Run:
-    """The state that `dump_state` wrote, with nobody present; what an older version did not know is as in `Run()`."""
-    fields = {name: _tuples(value) for name, value in json.loads(text).items()}
-    return Run(**{**fields, "phase": Phase(fields["phase"])})
+    """The state that `dump_state` wrote, with nobody present; what an older version did not know is as in `Run()`.
+
+    Raises StorageError for what no version up to this one has written.
+    """
+    with _readable("the saved state of a run"):
+        fields = {name: _tuples(value) for name, value in json.loads(text).items()}
+        return Run(**{**fields, "phase": Phase(fields["phase"])})
+
+
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StorageError(
+            f"{what} cannot be read: it is damaged, or of a newer version of seqfed; restore the database from a backup, "
+            "or install that version"
+        ) from error
 
 
 def _tuples(value: Any) -> Any:
