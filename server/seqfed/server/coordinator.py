@@ -121,6 +121,7 @@ class Coordinator:
         self._tidying: set[asyncio.Future[None]] = set()
         self.seen: dict[str, float] = {}  # when a client that is away was last here, in seconds since the epoch
         self._known: set[str] = set()  # every client that was here lately
+        self._remembering: asyncio.Future[None] | None = None
         self._new: dict[str, KnownClient] = {}  # what the store is yet to be told of them
         self._joins = 0.0  # how full the allowance of joins is used, and when that was reckoned
         self._joins_at = 0.0
@@ -610,10 +611,10 @@ class Coordinator:
         connection = self.hub.join(client, instance, software, schema, now, working)
         self._known.add(client)
         self._new[client] = KnownClient(client, instance, software, schema, now)
-        if len(self._new) == 1:  # those who come while it is written are written together
-            task = asyncio.ensure_future(self._remember())
-            self._tidying.add(task)
-            task.add_done_callback(self._tidying.discard)
+        if self._remembering is None or self._remembering.done():  # those who come while it writes are written together
+            self._remembering = asyncio.ensure_future(self._remember())
+            self._tidying.add(self._remembering)
+            self._remembering.add_done_callback(self._tidying.discard)
         return connection
 
     async def _remember(self) -> None:

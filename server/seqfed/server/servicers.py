@@ -45,6 +45,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_SIGNATURE = 256  # bytes; one of P-256 has up to 72
 MAX_REASON = 200  # characters of an operator's words about a revocation
+MAX_SCHEMA = 256 << 10  # bytes of a client's data schema, which is kept for every client
+RUN_LETTERS = 16  # of a run's id
 MAX_FAILURE = 2_000  # characters of a client's words about a failure
 
 
@@ -90,9 +92,11 @@ class Federation(federation_pb2_grpc.FederationServicer):
                 raise NotAllowed(f"{identity} cannot join as '{name}'; start it with --name {identity.name}")
             if not wire.HEX.fullmatch(request.instance):
                 raise InvalidName("a client's instance is 32 hex digits")
+            if len(request.data_schema) > MAX_SCHEMA:
+                raise TooLarge(f"the client's data schema has {len(request.data_schema):,} bytes; {MAX_SCHEMA:,} is the limit")
             schema = validate_json(DataSchema, request.data_schema, "the client's data schema")
             wire.require_clean(schema.model_dump(), "the client's data schema")
-            working = wire.key_from_wire(request.working) if request.HasField("working") else None
+            working = wire.key_from_wire(request.working) if len(request.working.run) == RUN_LETTERS else None
             software = wire.clean(request.software, 64)[:64]
             connection = await self._coordinator.join(name, request.instance, software, schema, working)
             return federation_pb2.JoinReply(session=connection.session, spread_s=self._coordinator.spread_s)
