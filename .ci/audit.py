@@ -1,7 +1,7 @@
 """What must not be in the repository, and what the pins must be: private keys, tokens, passwords in URLs; exact versions.
 
-Works offline and in a second. A file of tests that needs such text says so in its line with `audit: fixture`, or as ruff wants it. With --online
-also asks pip-audit, where it is installed and reaches the network, for known vulnerabilities of the pinned versions.
+Works offline and in a second. A line that needs such text, as tests do, says `audit: fixture`. With --online also asks
+pip-audit, where it is installed and reaches the network, for known vulnerabilities of the pinned versions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-MARKERS: Final = ("audit: fixture", "noqa: S105")  # the second is ruff's, of the same meaning
+MARKERS: Final = ("audit: fixture", "noqa: S105")  # ruff's mark means the same
 BINARY: Final = b"-----BEGIN "  # looked for in files that are no text too
 LARGEST: Final = 4 << 20  # bytes of a file that is looked into
 SECRETS: Final = {

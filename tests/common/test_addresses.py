@@ -81,5 +81,7 @@ def test_plaintext_stays_on_this_machine(host: str, loopback: bool) -> None:
     if loopback:
         require_private(host, insecure=False)
     else:
-        with pytest.raises(InsecureRefused, match=f"'{host}' is not a loopback .*pass --credentials DIR.* pass --insecure$"):
+        with pytest.raises(
+            InsecureRefused, match=f"'{host}' is not a loopback .*pass --credentials DIR.* pass --insecure$"
+        ):
             require_private(host, insecure=False)

@@ -93,7 +93,9 @@ class Federation(federation_pb2_grpc.FederationServicer):
             if not wire.HEX.fullmatch(request.instance):
                 raise InvalidName("a client's instance is 32 hex digits")
             if len(request.data_schema) > MAX_SCHEMA:
-                raise TooLarge(f"the client's data schema has {len(request.data_schema):,} bytes; {MAX_SCHEMA:,} is the limit")
+                raise TooLarge(
+                    f"the client's data schema has {len(request.data_schema):,} bytes; {MAX_SCHEMA:,} is the limit"
+                )
             schema = validate_json(DataSchema, request.data_schema, "the client's data schema")
             wire.require_clean(schema.model_dump(), "the client's data schema")
             working = wire.key_from_wire(request.working) if len(request.working.run) == RUN_LETTERS else None
