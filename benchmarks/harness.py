@@ -22,6 +22,7 @@ import numpy as np
 
 from seqfed.client.admin import operating
 from seqfed.client.demo.processes import Processes, processes, server_address
+from seqfed.client.demo.run import certify
 from seqfed.common.seeds import generator
 from seqfed.common.spec import CohortSpec, DataSpec, EvaluationSpec, ModelSpec, RunSpec, TrainingSpec
 from seqfed.common.views import RoundRecord, RunView
@@ -52,13 +53,14 @@ class Federation:
     address: str
     server_pid: int
     started: Processes
+    credentials: Path | None  # the operator's, with TLS
 
     def run(self, spec: RunSpec) -> RunView:
         """Submit a run and wait for its end; the last view with the whole history."""
         return asyncio.run(self._run(spec))
 
     async def _run(self, spec: RunSpec) -> RunView:
-        async with operating(self.address, insecure=False) as operator:
+        async with operating(self.address, insecure=False, credentials=self.credentials) as operator:
             view = await operator.submit(spec, None)
             history: list[RoundRecord] = []
             run = view.run
@@ -70,32 +72,36 @@ class Federation:
 
 
 @contextlib.contextmanager
-def federation(clients: int) -> Iterator[Federation]:
-    """A server and so many client processes on loopback, all connected."""
+def federation(clients: int, *, tls: bool = False) -> Iterator[Federation]:
+    """A server and so many client processes on loopback, all connected; with `tls` by certificates of a CA of their own."""
     with tempfile.TemporaryDirectory(prefix="seqfed-benchmark-") as name:
         work = Path(name)
         with processes(work / "logs") as started:
-            state = work / "server"
-            started.start("server", "server", "--port", "0", "--state", str(state))
+            state, secure, credentials = work / "server", list[str](), None
+            names = [f"client-{number:03}" for number in range(clients)]
+            if tls:
+                folder, credentials = certify(work, names)
+                secure = ["--tls", str(folder)]
+            started.start("server", "server", "--port", "0", "--state", str(state), *secure)
             address = server_address(state, started)
-            for number in range(clients):
+            for number, client in enumerate(names):
                 draw = generator(number, "benchmark data")
                 x = draw.random((EXAMPLES, STEPS, FEATURES), np.float32)
                 np.savez(work / f"{number}.npz", x=x, y=draw.integers(0, CLASSES, EXAMPLES))
                 flags = ("--data", str(work / f"{number}.npz"), "--validation-fraction", "0")
-                client = f"client-{number:03}"
                 started.start(
                     client, "client", "--server", address, "--name", client, "--state", str(work / client), *flags
                 )
-            asyncio.run(_connected(address, clients, started))
             pid = int(json.loads((state / "address.json").read_text())["pid"])
-            yield Federation(address, pid, started)
+            made = Federation(address, pid, started, credentials)
+            asyncio.run(_connected(made, clients))
+            yield made
 
 
-async def _connected(address: str, clients: int, started: Processes) -> None:
-    async with operating(address, insecure=False) as operator:
+async def _connected(made: Federation, clients: int) -> None:
+    async with operating(made.address, insecure=False, credentials=made.credentials) as operator:
         while sum(one.connected for one in await operator.clients()) < clients:
-            started.require_alive()
+            made.started.require_alive()
             await asyncio.sleep(0.1)
 
 

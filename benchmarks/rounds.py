@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
+from typing import Any
 
 from benchmarks import bare
 from benchmarks.harness import federation, machine, spec_for, tell
@@ -19,37 +21,41 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--params", type=int, default=52_874, help="the model's size, met from above")
     parser.add_argument("--rounds", type=int, default=24, help="measured, of either kind")
+    parser.add_argument(
+        "--tls", action="store_true", help="also a federation with certificates, by turns with the others"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     given = parser.parse_args()
     a_block = max(1, given.rounds // BLOCKS)
     spec = spec_for(given.params, given.clients, a_block + 1)
     layout = layout_of(spec)
     print(f"{given.clients} clients, {layout.size:,} parameters", file=sys.stderr)
-    history: list[RoundRecord] = []
+    kinds = {"": False, "tls_": True} if given.tls else {"": False}
+    history: dict[str, list[RoundRecord]] = {kind: [] for kind in kinds}
     times: list[float] = []
-    with bare.running(given.clients, layout.nbytes) as calls, federation(given.clients) as running:
-        running.run(spec_for(given.params, given.clients, 1))  # loads torch
+    with bare.running(given.clients, layout.nbytes) as calls, contextlib.ExitStack() as stack:
+        running = {kind: stack.enter_context(federation(given.clients, tls=tls)) for kind, tls in kinds.items()}
+        for one in running.values():
+            one.run(spec_for(given.params, given.clients, 1))  # loads torch
         for number in range(BLOCKS):
             times += calls.rounds(a_block + 1)[1:]
-            history += running.run(spec).history[1:]  # the first round of a run builds the clients' networks
+            for kind, one in running.items():
+                history[kind] += one.run(spec).history[1:]  # the first round of a run builds the clients' networks
             print(f"block {number + 1} of {BLOCKS}", file=sys.stderr)
-    overheads = [1000 * (one.seconds - one.slowest_training_seconds) for one in history]
-    overhead_ms = statistics.median(overheads)
     bare_ms = 1000 * statistics.median(times)
-    tell(
-        {
-            "clients": given.clients,
-            "params": layout.size,
-            "rounds": len(history),
-            "overhead_ms": round(overhead_ms, 2),
-            "overhead_ms_worst": round(max(overheads), 2),
-            "training_ms": round(1000 * statistics.median(one.slowest_training_seconds for one in history), 2),
-            "bare_ms": round(bare_ms, 2),
-            "ratio": round(overhead_ms / bare_ms, 3),
-            "machine": machine(),
-        },
-        given.json,
-    )
+    found: dict[str, Any] = {}
+    for kind, records in history.items():
+        overheads = [1000 * (one.seconds - one.slowest_training_seconds) for one in records]
+        found |= {
+            f"{kind}overhead_ms": round(statistics.median(overheads), 2),
+            f"{kind}overhead_ms_worst": round(max(overheads), 2),
+            f"{kind}training_ms": round(1000 * statistics.median(one.slowest_training_seconds for one in records), 2),
+            f"{kind}ratio": round(statistics.median(overheads) / bare_ms, 3),
+        }
+    if given.tls:
+        found["tls_to_plain"] = round(found["tls_overhead_ms"] / found["overhead_ms"], 3)
+    told = {"clients": given.clients, "params": layout.size, "rounds": len(history[""])}
+    tell({**told, **found, "bare_ms": round(bare_ms, 2), "machine": machine()}, given.json)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from seqfed.common.errors import (
     Overloaded,
     SeqfedError,
     ServerUnavailable,
+    TooLarge,
     Unauthenticated,
     every_error,
 )
@@ -55,7 +56,7 @@ def test_the_servers_error_is_raised_again(name: str) -> None:
         (failed(grpc.StatusCode.CANCELLED), ServerUnavailable, "(cancelled)"),
         (failed(grpc.StatusCode.UNIMPLEMENTED), ServerUnavailable, f"{WHERE} is not a seqfed server of this version"),
         (failed(grpc.StatusCode.RESOURCE_EXHAUSTED, "Concurrent RPC limit exceeded!"), Overloaded, "try again later"),
-        (failed(grpc.StatusCode.RESOURCE_EXHAUSTED, "message larger than max"), InternalError, "larger than max"),
+        (failed(grpc.StatusCode.RESOURCE_EXHAUSTED, "message larger than max"), TooLarge, "larger than max"),
         (failed(grpc.StatusCode.INTERNAL, "oops"), InternalError, f"{WHERE}: INTERNAL: oops"),
         (failed(grpc.StatusCode.INTERNAL, "oops", "TooLarge", "other.org"), InternalError, "INTERNAL: oops"),
         (failed(grpc.StatusCode.ABORTED, "new here", "FromTheFuture"), SeqfedError, "new here"),

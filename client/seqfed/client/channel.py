@@ -19,6 +19,7 @@ from seqfed.common.errors import (
     Overloaded,
     SeqfedError,
     ServerUnavailable,
+    TooLarge,
     Unauthenticated,
     every_error,
 )
@@ -36,6 +37,7 @@ OPTIONS: Final = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.use_local_subchannel_pool", 1),  # a fresh channel is a fresh connection
 )
+TOO_LARGE: Final = "larger than max"  # what gRPC says of a message beyond the receiver's limit
 CALLS_LIMIT: Final = "Concurrent RPC limit"  # gRPC's own words where a server's maximum_concurrent_rpcs is reached
 ANSWER_S: Final = 30.0  # seconds for the answer to a small call
 
@@ -128,6 +130,8 @@ def _typed(error: grpc.aio.AioRpcError, address: str) -> SeqfedError:
             return ServerUnavailable(f"what answers at {address} is not a seqfed server of this version")
         case grpc.StatusCode.RESOURCE_EXHAUSTED if CALLS_LIMIT in (error.details() or ""):
             return Overloaded(f"the server at {address} has as many calls as it takes at a time; try again later")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if TOO_LARGE in (error.details() or ""):
+            return TooLarge(f"{address}: {error.details()}; the server's setting is max_message_bytes")
         case _:
             return InternalError(f"{address}: {error.code().name}: {error.details()}")
 

@@ -248,7 +248,7 @@ def revoke(
         str,
         typer.Argument(help="The client's name; or operator:NAME, viewer:NAME.", metavar="NAME", show_default=False),
     ],
-    reason: Annotated[str, typer.Option(help="Why, for the audit log.")],
+    reason: Annotated[str, typer.Option(help="Why, for the audit log.")] = "",
     server: Server = LOCAL,
     insecure: Insecure = False,
     credentials: CredentialsFolder = None,

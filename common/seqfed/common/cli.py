@@ -18,7 +18,7 @@ from seqfed.common.errors import SeqfedError
 
 GROUP: Final = "seqfed.commands"
 ORDER: Final = (
-    *("demo", "server", "client", "data"),
+    *("demo", "server", "client", "data", "policy"),
     *("ca", "enroll"),
     *("submit", "runs", "watch", "pause", "resume", "stop", "clients", "health"),
     *("metrics", "export", "predict", "evaluate"),

@@ -742,7 +742,10 @@ class Coordinator:
         """Note that a client cannot do its task; `why` begins with the name of its error."""
         live = self._live(key.run)
         live.log(client).warning("%s", why)
-        await self.ask(live, machine.TaskFailed(key.round, client, why, lasting=why.partition(":")[0] in LASTING))
+        error = why.partition(":")[0]
+        if error == PolicyRefused.__name__:  # the data holder's word is part of the federation's history
+            self.audit.refused(f"client:{client}", f"round {key.round} of run {live.run}", error)
+        await self.ask(live, machine.TaskFailed(key.round, client, why, lasting=error in LASTING))
         self.hub.done(client)
 
     def signer(self, data: bytes, signature: bytes, certificate: bytes) -> Identity:
