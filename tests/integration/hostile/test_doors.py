@@ -201,7 +201,7 @@ async def test_what_is_no_tls_hears_nothing_of_the_server(tmp_path: Path) -> Non
     async with besieged(tmp_path) as siege:
         for port in (siege.server.address, siege.counter):
             for what, words in NOISE.items():
-                with contextlib.suppress(ConnectionError):
+                with contextlib.suppress(OSError):  # it may have hung up already
                     heard = await soon(asyncio.to_thread(said, port, words))
                     assert len(heard) < 64, (what, heard)  # an alert of TLS at most
 
