@@ -741,11 +741,11 @@ class Coordinator:
     async def report_failure(self, client: str, key: views.TaskKey, why: str) -> None:
         """Note that a client cannot do its task; `why` begins with the name of its error."""
         live = self._live(key.run)
-        live.log(client).warning("%s", why)
         error = why.partition(":")[0]
+        await self.ask(live, machine.TaskFailed(key.round, client, why, lasting=error in LASTING))
+        live.log(client).warning("%s", why)  # only of those who were asked: others could fill the log
         if error == PolicyRefused.__name__:  # the data holder's word is part of the federation's history
             self.audit.refused(f"client:{client}", f"round {key.round} of run {live.run}", error)
-        await self.ask(live, machine.TaskFailed(key.round, client, why, lasting=error in LASTING))
         self.hub.done(client)
 
     def signer(self, data: bytes, signature: bytes, certificate: bytes) -> Identity:

@@ -201,8 +201,8 @@ class Desk:
         wire.check_client_name(name)
         at = time.time()
         note = Note(Kind.REVOKED, {"client": client, "by": by, "reason": reason}, at)
+        self._coordinator.access.revoke(client, at)  # before it is saved: nothing is issued meanwhile that would outlive it
         await asyncio.to_thread(self._coordinator.store.revoke, client, at, reason, [note])
-        self._coordinator.access.revoke(client, at)
         if not role:
             self._coordinator.hub.dismiss(client)
         log.info("revoked what was issued to %s: %s", client, reason or "no reason given")

@@ -36,7 +36,8 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.max_metadata_size", 8 << 10),
     ("grpc.max_concurrent_streams", 4),
     ("grpc.max_connection_idle_ms", 10_000),
-    ("grpc.max_connection_age_ms", 60_000),
+    ("grpc.max_connection_age_ms", 15_000),
+    ("grpc.max_connection_age_grace_ms", 5_000),  # also for calls whose message never comes
     ("grpc.http2.max_ping_strikes", 1),
 )
 METHOD: Final = "/seqfed.v1.Enrollment/Enroll"
@@ -101,6 +102,8 @@ class Office:
             raise Unauthenticated(
                 f"this token for '{found.client}' was used before, and works once; make a new one with: seqfed enroll token"
             )
+        if self._revoked_at(found.client) != revoked:
+            raise Unauthenticated(f"'{found.client}' was revoked just now; this token is used up")
         return self._issue("enrolled", Role(found.role), found.client, key, now)
 
     async def renew(self, csr: bytes, whose: Identity) -> federation_pb2.Certificate:
