@@ -201,7 +201,8 @@ class Desk:
         wire.check_client_name(name)
         at = time.time()
         note = Note(Kind.REVOKED, {"client": client, "by": by, "reason": reason}, at)
-        self._coordinator.access.revoke(client, at)  # before it is saved: nothing is issued meanwhile that would outlive it
+        # Before it is saved: nothing is issued meanwhile that would outlive it.
+        self._coordinator.access.revoke(client, at)
         await asyncio.to_thread(self._coordinator.store.revoke, client, at, reason, [note])
         if not role:
             self._coordinator.hub.dismiss(client)
