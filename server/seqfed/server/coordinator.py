@@ -432,7 +432,7 @@ class Coordinator:
         for client in clients:
             work = live.work.setdefault(client, Work(now, now))
             if work.asked_again < FORGIVEN:  # who comes back again and again is at work only if it says so
-                work.heard = now
+                work.heard = max(work.heard, now)  # after a restart it has longer
             work.asked_again += 1
             if client in live.state.present:
                 self.hub.push(client, self._with_model(live, client, task))
@@ -515,7 +515,7 @@ class Coordinator:
 
     async def _break(self, live: Live, error: Exception) -> None:
         """End the run because it cannot go on, or pause it if it may later; if even that cannot be committed, in memory only."""
-        if live.state.phase in ENDED:
+        if live.state.phase in ENDED or self.closing:  # the next daemon takes it up as it stands
             return
         why = str(error) if isinstance(error, SeqfedError) else "internal error; see the log"
         broken = machine.Broken(why, passing=isinstance(error, (StorageError, StorageFull)))

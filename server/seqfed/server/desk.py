@@ -164,7 +164,7 @@ class Desk:
         for client, round_ in sorted(live.state.working):
             work = live.work.get(client) or Work(now, now)
             connected = self._coordinator.hub.get(client) is not None
-            found.append(views.TaskView(client, round_, work.progress, now - work.heard, connected))
+            found.append(views.TaskView(client, round_, work.progress, max(0.0, now - work.heard), connected))
         return tuple(found)
 
     async def clients(self) -> list[views.ClientView]:

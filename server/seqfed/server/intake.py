@@ -145,9 +145,8 @@ class Intake:
         self._of: Counter[str] = Counter()  # uploads that move or wait, by client
         self._most = in_flight + waiting
         self._here = 0  # uploads that move or wait
-        self._own = secrets.token_hex(
-            4
-        )  # a daemon that has lost its lease unawares may still be writing beside this one
+        # In the names of parts: a daemon that has lost its lease unawares may still be writing beside this one.
+        self._own = secrets.token_hex(4)
         self._parts: dict[tuple[str, str], Part] = {}  # by (run, client): a client works on one update at a time
 
     def received(self, client: str, run: str, digest: bytes) -> int:
