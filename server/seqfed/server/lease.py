@@ -109,23 +109,29 @@ class Lease:
         """Take the lease if it is free, expired or its holder is dead; otherwise who has it."""
         if (holder := self.holder()) is not None:  # most looks find it taken, and need no lock
             return holder
-        with self._database.writing() as connection:
-            row = connection.execute(LOCK).one()
-            now = self._database.now(connection)
-            if (holder := self._holder(row, now)) is not None:
-                return holder
-            connection.execute(
-                LEASE.update().values(
-                    holder=self._name,
-                    host=socket.gethostname(),
-                    pid=os.getpid(),
-                    address=self.address,
-                    term=row.term + 1,
-                    expires=now + self.seconds,
+        taken = False
+        _held.add(self._name)  # before anybody can read that it is the holder's
+        try:
+            with self._database.writing() as connection:
+                row = connection.execute(LOCK).one()
+                now = self._database.now(connection)
+                if (holder := self._holder(row, now)) is not None:
+                    return holder
+                connection.execute(
+                    LEASE.update().values(
+                        holder=self._name,
+                        host=socket.gethostname(),
+                        pid=os.getpid(),
+                        address=self.address,
+                        term=row.term + 1,
+                        expires=now + self.seconds,
+                    )
                 )
-            )
+            taken = True
+        finally:
+            if not taken:
+                _held.discard(self._name)
         self.term = row.term + 1
-        _held.add(self._name)
         if row.holder:
             log.info("taken over from process %d on %s, which did not release the database", row.pid, row.host)
         return None
