@@ -5,8 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from seqfed.client import cli, masking
+from seqfed.common import authority, identity
+from seqfed.common.errors import ConfigError
+from seqfed.common.identity import CREDENTIALS, Role
 
 SCRIPT = """
 import asyncio, time
@@ -49,3 +55,22 @@ def test_a_second_signal_does_not_wait_for_the_work_in_hand(number: signal.Signa
         process.send_signal(number)
         assert process.wait(30) == 130
         assert process.stdout.read() == ""
+
+
+def test_a_clients_key_is_printed_as_its_peers_list_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        cli.key("ward", tmp_path)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    (tmp_path / "peers.toml").write_text(f"[peers]\n{first}\n")
+    assert masking.load_peers(tmp_path / "peers.toml") == {"ward": masking.own_key(tmp_path).public}
+
+
+def test_its_name_is_that_of_the_certificate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ca = authority.create(tmp_path / "ca", identity.now())
+    found = ca.credentials(Role.CLIENT, "ward", now=identity.now())
+    identity.save_credentials(tmp_path / CREDENTIALS, found)
+    cli.key(None, tmp_path)
+    assert capsys.readouterr().out.startswith('"ward" = "ed25519:')
+    with pytest.raises(ConfigError, match="pass --name ward"):
+        cli.key("icu", tmp_path)

@@ -16,7 +16,9 @@ from blake3 import blake3
 
 from seqfed.client.channel import connected
 from seqfed.client.connection import AHEAD, Connection
-from seqfed.common.errors import BrokenTransfer, ServerUnavailable, TrainingFailed
+from seqfed.common import wire_masking
+from seqfed.common.errors import BrokenTransfer, MaskingRefused, ServerUnavailable, TrainingFailed
+from seqfed.common.masking.messages import Confirm, Reply, Survivors
 from seqfed.common.schema import DataSchema
 from seqfed.common.transfer import CHUNK_BYTES, Reassembly
 from seqfed.common.views import Progress, Stage, TaskKey, UpdateHeader
@@ -27,6 +29,7 @@ KEY = TaskKey("run", 3, 2)
 DATA = np.arange(300_000, dtype="<f4").tobytes()
 DIGEST = blake3(DATA).digest()
 SMALL = 64 << 10
+B_ALONE = Survivors(frozenset("b"))
 SCHEMA = DataSchema(features=1, examples=1, validation_examples=0)
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -42,6 +45,9 @@ class Fake(federation_pb2_grpc.FederationServicer):
     received: int = 0
     room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1 << 20))
     asked: asyncio.Event = field(default_factory=asyncio.Event)
+    held: asyncio.Event = field(default_factory=asyncio.Event)
+    reply: Reply = B_ALONE  # to a step of a masked sum, as soon as it is not held any more
+    deadlines: list[float | None] = field(default_factory=list)
 
     def _note(self, message: Any, context: Context) -> None:
         self.messages.append(message)
@@ -83,6 +89,13 @@ class Fake(federation_pb2_grpc.FederationServicer):
                 self.received += len(message.chunk.data)
             self._note(message, context)
         return federation_pb2.SubmitUpdateReply()
+
+    async def Mask(self, request: federation_pb2.MaskRequest, context: Context) -> federation_pb2.MaskReply:
+        self._note(request, context)
+        self.deadlines.append(context.time_remaining())
+        self.asked.set()
+        await self.held.wait()
+        return wire_masking.reply_to_wire(self.reply, ["a", "b"])
 
     async def ReportProgress(
         self, request: federation_pb2.ReportProgressRequest, context: Context
@@ -221,6 +234,41 @@ async def test_a_cancelled_call_is_cancelled_and_nothing_else() -> None:
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
+
+
+async def test_a_step_of_a_masked_sum_is_answered_whenever_the_others_are_there() -> None:
+    fake = Fake()
+    async with joined(fake) as (connection, _):
+        step = asyncio.ensure_future(connection.mask(KEY, 7, Confirm(bytes(64)), ["a", "b"]))
+        await fake.asked.wait()
+        assert not step.done()
+        fake.held.set()
+        assert await step == B_ALONE
+    asked = fake.messages[-1]
+    assert (asked.key.attempt, asked.number, asked.confirm.signature) == (2, 7, bytes(64))
+    assert fake.deadlines == [None]
+    assert fake.sessions == [None, "s"]
+
+
+async def test_an_answer_that_does_not_fit_the_roster_is_refused() -> None:
+    fake = Fake()
+    fake.held.set()
+    async with joined(fake) as (connection, _):
+        with pytest.raises(MaskingRefused, match="beyond the roster's 1"):
+            await connection.mask(KEY, 7, Confirm(bytes(64)), ["a"])
+
+
+async def test_a_step_that_is_held_ends_with_its_task_or_its_connection() -> None:
+    fake = Fake()
+    async with contextlib.AsyncExitStack() as stack:
+        connection, _ = await stack.enter_async_context(joined(fake))
+        cancelled, closed = (asyncio.ensure_future(connection.mask(KEY, 7, Confirm(bytes(64)))) for _ in range(2))
+        await fake.asked.wait()
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+    with pytest.raises(ServerUnavailable):
+        await closed
 
 
 async def test_what_stops_short_is_a_broken_transfer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -17,13 +18,14 @@ import pytest
 
 from seqfed.client.consent import Account, Consent
 from seqfed.client.policy import Policy, Spent
-from seqfed.common import authority, identity, signing
+from seqfed.common import authority, identity, signing, wire
 from seqfed.common.authority import Authority
-from seqfed.common.config import validate
+from seqfed.common.config import validate, validate_json
 from seqfed.common.errors import PolicyRefused, StorageError, StorageFull
 from seqfed.common.identity import Credentials, Role
 from seqfed.common.spec import RunSpec
 from seqfed.common.views import ModelVersion, Task, TaskKey, TaskKind
+from seqfed.v1.federation_pb2 import Task as Message
 
 NOW = identity.now()
 SPEC = validate(RunSpec, {"data": {"features": 3, "classes": 2}, "rounds": 5}, "test")
@@ -77,8 +79,10 @@ def test_each_model_of_each_run_counts_once_and_bytes_each_time(tmp_path: Path) 
     assert spent(account, nth(2)) == Spent(1, 2, 2, 3200)
     assert spent(account, scoring(1)) == Spent(1, 1, 1, 3600)
     assert spent(account, nth(1, run="run-2")) == Spent(2, 1, 3, 4400)
-    assert spent(account, nth(1, run="run-3"), "berta") == Spent(1, 1, 1, 800)
-    assert account.operators() == {"anna": Spent(2, 0, 3, 4400), "berta": Spent(1, 0, 1, 800)}
+    assert spent(account, nth(1, run="run-3"), "berta") == Spent(3, 1, 4, 5200)
+    assert spent(account, nth(1, run="run-4"), "") == Spent(4, 1, 5, 6000)
+    assert account.operators() == {"anna": Spent(2, 0, 3, 4400), "berta": Spent(1, 0, 1, 800), "": Spent(1, 0, 1, 800)}
+    assert account.total() == Spent(4, 0, 5, 6000)
 
 
 def test_another_model_under_the_same_round_is_another_round(tmp_path: Path) -> None:
@@ -220,7 +224,7 @@ def test_in_plaintext_nobody_is_known(tmp_path: Path, anna: Credentials) -> None
     consent(None, tmp_path, None)(TASK)
     consent(Policy(), tmp_path, None)(signed(TASK, anna))
     consent(Policy(), tmp_path, None)(nth(2))
-    assert Account(tmp_path).operators() == {"": Spent(1, 0, 2, 1600)}
+    assert Account(tmp_path).operators() == {"": Spent(1, 0, 2, 2400)}
     with pytest.raises(PolicyRefused, match="operators: the run is of nobody"):
         consent(rules(operators=["anna"]), tmp_path, None)(signed(TASK, anna))
 
@@ -234,6 +238,20 @@ def test_a_specification_that_the_server_has_changed_is_refused(
     ask(task)
     with pytest.raises(PolicyRefused, match="the run's signature: the signature of operator 'anna' is not of this"):
         ask(replace(task, spec=other))
+
+
+def test_the_signature_is_judged_by_the_bytes_that_came(tmp_path: Path, ca: Authority, anna: Credentials) -> None:
+    """Those of an operator whose version writes a specification otherwise: with a key less, in another order, with spaces."""
+    content = json.loads(SPEC.canonical)
+    del content["privacy"]
+    text = json.dumps(dict(reversed(content.items())), indent=2).encode()
+    task = signed(replace(TASK, spec=validate_json(RunSpec, text, "test")), anna)
+    came = wire.task_from_wire(Message.FromString(wire.task_to_wire(task).SerializeToString()))
+    assert (came.spec, came.spec.canonical) == (SPEC, text)
+    ask = consent(None, tmp_path, ca)
+    ask(came)
+    with pytest.raises(PolicyRefused, match="the run's signature: the signature of operator 'anna' is not of this"):
+        ask(replace(came, spec=SPEC))
 
 
 @pytest.mark.parametrize("role", [Role.CLIENT, Role.VIEWER, Role.SERVER])
@@ -294,23 +312,37 @@ def test_a_server_that_asks_for_the_same_round_of_ever_other_models_runs_into_th
         ask(replace(TASK, model=replace(TASK.model, digest=b"one more")))
 
 
-def test_the_limits_of_an_operator_hold_over_all_its_runs_and_restarts(
+def test_the_limits_hold_over_the_runs_of_all_operators_and_of_nobody_and_over_restarts(
     tmp_path: Path, ca: Authority, anna: Credentials
 ) -> None:
-    policy = rules(max_rounds_total=3, max_runs=2)
-    for run in ("run-1", "run-2"):
-        consent(policy, tmp_path, ca)(nth(1, signed(TASK, anna), run=run))
-    with pytest.raises(PolicyRefused, match="max_runs: 3 runs of this operator, and the limit is 2"):
-        consent(policy, tmp_path, ca)(nth(1, signed(TASK, anna), run="run-3"))
+    policy = rules(max_rounds_total=9, max_runs=3, unsigned=True)
     berta = ca.credentials(Role.OPERATOR, "berta", now=NOW)
-    consent(policy, tmp_path, ca)(nth(1, signed(TASK, berta), run="run-4"))
+    consent(policy, tmp_path, ca)(nth(1, signed(TASK, anna), run="run-1"))
+    consent(policy, tmp_path, ca)(nth(1, signed(TASK, berta), run="run-2"))
+    consent(policy, tmp_path, ca)(nth(1, run="run-3"))
+    for task in (signed(TASK, anna), signed(TASK, berta), TASK):
+        with pytest.raises(PolicyRefused, match="max_runs: 4 runs, and the limit is 3"):
+            consent(policy, tmp_path, ca)(nth(1, task, run="run-4"))
+    assert Account(tmp_path).operators().keys() == {"anna", "berta", ""}
+
+
+def test_a_policy_that_is_made_later_counts_what_was_spent_before(
+    tmp_path: Path, ca: Authority, anna: Credentials
+) -> None:
+    task = signed(TASK, anna)
+    for number in (1, 2, 3):
+        consent(None, tmp_path, ca)(nth(number, task))
+    policy = rules(max_rounds_total=4)
+    consent(policy, tmp_path, ca)(nth(4, task))
+    with pytest.raises(PolicyRefused, match="max_rounds_total: 5 rounds in all runs together, and the limit is 4"):
+        consent(policy, tmp_path, ca)(nth(5, task))
 
 
 def test_evaluations_are_judged_like_trainings(tmp_path: Path) -> None:
     ask = consent(rules(max_bytes_total=1200), tmp_path, None)
     ask(nth(1))
     ask(scoring(1))
-    with pytest.raises(PolicyRefused, match="max_bytes_total: 1,600 bytes for this operator, in all its runs, and the"):
+    with pytest.raises(PolicyRefused, match="max_bytes_total: 1,600 bytes in all runs together, and the"):
         ask(scoring(2))
 
 
@@ -326,6 +358,8 @@ def test_code_may_be_allowed_in_either_file(tmp_path: Path) -> None:
             consent(policy, tmp_path, None)(task)
 
 
-def test_without_a_policy_nothing_is_written_down(tmp_path: Path, ca: Authority, anna: Credentials) -> None:
-    consent(None, tmp_path, ca)(signed(TASK, anna))
-    assert list(tmp_path.iterdir()) == []
+def test_without_a_policy_too_a_copy_of_a_run_gets_nothing(tmp_path: Path, ca: Authority, anna: Credentials) -> None:
+    ask, task = consent(None, tmp_path, ca), signed(TASK, anna)
+    ask(task)
+    with pytest.raises(PolicyRefused, match="run run-2 has the signature of run run-1: it is a copy"):
+        ask(nth(1, task, run="run-2"))

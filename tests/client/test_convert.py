@@ -263,7 +263,17 @@ class Fixed(Own):
     def forward(self, x, lengths=None):
         return super().forward(x, lengths) * len(x)
 
-make, make_fixed = Own, Fixed
+class Table(Own):
+    def forward(self, x, lengths=None):
+        return {len(x): super().forward(x, lengths)}
+
+class One(Own):
+    def forward(self, x, lengths=None):
+        if len(x) == 3:
+            raise KeyError("three")
+        return super().forward(x, lengths)
+
+make, make_fixed, make_table, make_one = Own, Fixed, Table, One
 """
 
 
@@ -273,7 +283,10 @@ def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, RunSpec
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_networks", raising=False)
     tensors = [("mix.weight", (5, 3)), ("mix.bias", (5,)), ("head.weight", (4, 5)), ("head.bias", (4,))]
-    return {name: spec(custom=f"own_networks:{name}", tensors=tensors) for name in ("make", "make_fixed")}
+    return {
+        name: spec(custom=f"own_networks:{name}", tensors=tensors)
+        for name in ("make", "make_fixed", "make_table", "make_one")
+    }
 
 
 @pytest.mark.parametrize("of", FORMATS)
@@ -300,6 +313,17 @@ def test_a_custom_module_that_fixes_a_size_is_refused(of: Format, custom: dict[s
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="'own_networks:make_fixed' does not convert: at . sequences of . steps"):
         convert(saved(custom["make_fixed"], tmp_path), out, of, allow_custom=["own_networks:make_fixed"])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("of", FORMATS)
+@pytest.mark.parametrize("name", ["make_table", "make_one"])
+def test_a_custom_module_that_cannot_be_traced_is_refused(
+    of: Format, name: str, custom: dict[str, RunSpec], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=f"'own_networks:{name}' does not convert"):
+        convert(saved(custom[name], tmp_path), out, of, allow_custom=[f"own_networks:{name}"])
     assert not out.exists()
 
 

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from seqfed.client.data_cli import data
-from seqfed.common.errors import ConfigError, SchemaMismatch
+from seqfed.common.errors import ConfigError, DataError, SchemaMismatch
 from seqfed.common.spec import RunSpec
 
 
@@ -114,6 +114,24 @@ def test_a_mean_far_from_0_keeps_its_digits(tmp_path: Path) -> None:
     assert "float32 tells few of its values apart" in "".join(
         run("check", tmp_path / "far.csv", "--label", "y", "--json")
     )
+
+
+def test_a_federated_run_has_no_mean_of_this_file(stays: Path, tmp_path: Path) -> None:
+    """And is checked with this file's own mean, which is also what stands for a missing number."""
+    out = tmp_path / "run.toml"
+    run("schema", stays, *OF_STAYS, "--normalise", "federated", "--missing", "mean", "--out", out)
+    tables = tomllib.loads(out.read_text())
+    assert tables["data"]["normalise"] == "federated"
+    assert not {"mean", "scale"} & set(tables["data"])
+    assert json.loads(run("check", stays, *OF_STAYS, "--run", out, "--json"))["run"]["training sequences"] == 5
+    with pytest.raises(ConfigError, match="data.normalise.*'given' or 'federated'"):
+        run("schema", stays, *OF_STAYS, "--normalise", "mine")
+    (tmp_path / "play.txt").write_text("to be or not to be\n")
+    with pytest.raises(ConfigError, match="finds mean and scale of number columns"):
+        run("schema", tmp_path / "play.txt", "--normalise", "federated")
+    stays.write_text("stay,hour,pulse,ward,died\ns0,0,1e30,ccu,no\ns1,0,61,icu,yes\n")
+    with pytest.raises(DataError, match="line 2, column 'pulse': is too large for data.normalise"):
+        run("check", stays, *OF_STAYS, "--run", out)
 
 
 def test_a_forecasts_horizon_is_the_tasks(stays: Path) -> None:

@@ -97,9 +97,20 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = tmp_path / "nowhere" / "curves.png"
     with pytest.raises(StorageError, match="nowhere.*No such file"):
-        save(path, "x")
-    with pytest.raises(StorageError, match="nowhere.*No such file"):
         draw(view(*HISTORY), path)
+
+
+def test_a_file_takes_the_place_of_the_old_one_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.csv"
+    save(path, "old ü\n")
+    with pytest.raises(UnicodeEncodeError):
+        save(path, "half\ud800")
+    assert path.read_bytes() == "old ü\n".encode()
+    path.unlink()
+    (path / "full").mkdir(parents=True)
+    with pytest.raises(StorageError, match="saving rounds.csv"):
+        save(path, "new")
+    assert [one.name for one in tmp_path.iterdir()] == ["rounds.csv"]
 
 
 def test_what_is_drawn_is_finite_or_missing() -> None:

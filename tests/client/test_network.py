@@ -368,7 +368,7 @@ def test_a_custom_modules_own_first_numbers_depend_on_the_seed_alone() -> None:
 def test_nothing_is_imported_that_the_client_does_not_allow(mine: Path) -> None:
     run = custom("my_models:model", (("w", (1,)),))
     for allowed in ((), ("my_models:other",), ("my_models",)):
-        with pytest.raises(PolicyRefused, match="add it to allow_custom in client.toml"):
+        with pytest.raises(PolicyRefused, match="pass --allow-custom my_models:model"):
             network_for(run, allow_custom=allowed)
     assert mine.exists()
     assert "my_models" not in sys.modules

@@ -129,9 +129,9 @@ def test_only_the_named_operators_and_never_nobody() -> None:
     ("rule", "field", "what"),
     [
         ("max_rounds", "rounds", "rounds in this run"),
-        ("max_runs", "runs", "runs of this operator"),
-        ("max_rounds_total", "rounds_total", "rounds for this operator, in all its runs"),
-        ("max_bytes_total", "bytes_total", "bytes for this operator, in all its runs"),
+        ("max_runs", "runs", "runs"),
+        ("max_rounds_total", "rounds_total", "rounds in all runs together"),
+        ("max_bytes_total", "bytes_total", "bytes in all runs together"),
     ],
 )
 def test_what_was_spent_counts(rule: str, field: str, what: str) -> None:
@@ -145,9 +145,41 @@ def test_a_model_has_its_size() -> None:
     assert told(rules(max_model_bytes=999), run()) == ["max_model_bytes: 1,000 bytes of a model, and the limit is 999"]
 
 
-def test_secure_aggregation_that_does_not_exist_yet_refuses_every_run_and_says_so() -> None:
+SECURE: dict[str, Any] = {
+    "cohort": {"min_clients": 8},
+    "aggregation": {"weighting": "uniform"},
+    "privacy": {"secure_aggregation": True, "min_survivors": 4, "clip": 2.5},
+}
+
+
+def test_where_secure_aggregation_is_required_only_runs_are_done_that_have_it() -> None:
+    assert told(rules(secure_aggregation=True), run(**SECURE)) == []
     (words,) = told(rules(secure_aggregation=True), run())
-    assert words.startswith("secure_aggregation: required, and this version of seqfed has none")
+    assert words.startswith("secure_aggregation: required, and the server sees every single update of this run; set ")
+
+
+def test_of_a_masked_sum_the_least_number_of_clients_counts_whose_sum_is_learnt() -> None:
+    assert told(rules(min_cohort=4), run(**SECURE)) == []
+    assert told(rules(min_cohort=5), run(**SECURE)) == [
+        "min_cohort: as few as 4 clients can be behind a model of this run, and the limit is 5; raise privacy.min_survivors"
+    ]
+
+
+def test_a_masked_update_is_clipped() -> None:
+    assert told(rules(max_clip=2.5), run(**SECURE)) == []
+    assert told(rules(max_clip=2.25), run(**SECURE)) == ["max_clip: the run's clip is 2.5, and the limit is 2.25"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ({"max_clip": 1}, "max_clip: the run has no clip, and the limit is 1"),
+        ({"min_noise": 0.5}, "min_noise: the run has no noise, and the least is 0.5"),
+        ({"max_epsilon": 8.0}, "max_epsilon: the run has no epsilon, and the limit is 8"),
+    ],
+)
+def test_privacy_that_a_run_does_not_have_is_refused(policy: dict[str, Any], words: str) -> None:
+    assert told(rules(**policy), run()) == [words]
 
 
 def test_all_that_is_broken_is_told_at_once() -> None:
@@ -161,6 +193,9 @@ def test_all_that_is_broken_is_told_at_once() -> None:
     [
         ("max_epoch = 5", "unknown key 'max_epoch'; did you mean 'max_epochs'?"),
         ("max_rounds = 0", "'max_rounds' = 0"),
+        ("max_clip = 0.0", "'max_clip' = 0.0"),
+        ("min_noise = inf", "'min_noise' = inf"),
+        ("max_epsilon = -1", "'max_epsilon' = -1"),
         ('max_rounds = "10"', "'max_rounds' = '10'"),
         ('models = ["transformer"]', "transformer"),
         ('operators = "anna"', "'operators' = 'anna'"),
@@ -229,12 +264,26 @@ def test_a_dry_run_counts_what_was_spent_and_spends_nothing(tmp_path: Path) -> N
     assert CliRunner().invoke(command, arguments).exit_code == 0
     for _ in range(2):
         done = CliRunner().invoke(command, [*arguments, "--state", str(tmp_path / "state")])
-        assert done.output.splitlines()[1:] == [
-            "  max_rounds_total: 4 rounds for this operator, in all its runs, and the limit is 3"
-        ]
-    done = CliRunner().invoke(command, ["spent", "--state", str(tmp_path / "state"), "--json"])
-    assert json.loads(done.output) == {"anna": {"runs": 1, "rounds": 3, "bytes": 2400}}
-    assert "2,400" in CliRunner().invoke(command, ["spent", "--state", str(tmp_path / "state")]).output
+        assert done.output.splitlines()[1:] == ["  max_rounds_total: 4 rounds in all runs together, and the limit is 3"]
+
+
+def test_what_was_spent_is_listed_by_operator_and_together(tmp_path: Path) -> None:
+    account = Account(tmp_path)
+    task = Task(TaskKind.TRAIN, TaskKey("r" * 16, 1, 1), run(), ModelVersion(0, 400, b"m", b"l"))
+    account.charge(task, "anna", lambda _: None)
+    account.charge(replace(task, kind=TaskKind.EVALUATE), "anna", lambda _: None)
+    account.charge(replace(task, key=TaskKey("q" * 16, 1, 1)), "", lambda _: None)
+    account.close()
+    done = CliRunner().invoke(command, ["spent", "--state", str(tmp_path), "--json"])
+    assert json.loads(done.output) == {
+        "runs": 2,
+        "rounds": 2,
+        "bytes": 2000,
+        "operators": {"": {"runs": 1, "rounds": 1, "bytes": 800}, "anna": {"runs": 1, "rounds": 1, "bytes": 1200}},
+    }
+    lines = CliRunner().invoke(command, ["spent", "--state", str(tmp_path)]).output.splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    assert rows == [["(not signed)", "1", "1", "800"], ["anna", "1", "1", "1,200"], ["all together", "2", "2", "2,000"]]
 
 
 def test_where_nothing_was_spent_nothing_is_made(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from seqfed.client.network import Network, network_for
 from seqfed.client.predict import Predictor, write_csv, write_json
 from seqfed.common import checkpoint
 from seqfed.common.config import validate
-from seqfed.common.errors import CheckpointError, ConfigError, DataError, SchemaMismatch
+from seqfed.common.errors import CheckpointError, ConfigError, DataError, PolicyRefused, SchemaMismatch
 from seqfed.common.model import initial_parameters
 from seqfed.common.spec import RunSpec
 
@@ -347,6 +347,20 @@ def test_forecasts_reach_beyond_the_file_and_the_stride_is_the_users(app: typer.
     assert close([float(rows[-1][name]) for name in ("a+1", "b+1", "a+2", "b+2")], wanted)
 
 
+def test_windows_of_ones_own_have_their_steps_where_the_run_has_none(app: typer.Typer, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "stays.csv", labelled=False)
+    wanted = [("north", "3"), ("east", "4"), ("south", "4"), ("south", "5"), ("south", "6")]
+    for name, steps, window in (("run's", 4, ()), ("own", None, ("--window", "4"))):
+        model = saved(spec(**{**STAYS, "steps": steps}), tmp_path)
+        command = ("predict", "--model", model, "--data", table, "--group", "ward", "--out", tmp_path / "o.csv")
+        run_command(app, *command, "--stride", "1", *window)
+        rows = list(csv.DictReader((tmp_path / "o.csv").read_text().splitlines()))
+        assert [(row["entity"], row["step"]) for row in rows] == wanted, name
+        run_command(app, *command, *window)
+        rows = list(csv.DictReader((tmp_path / "o.csv").read_text().splitlines()))
+        assert [(row["entity"], row["step"]) for row in rows] == [(ward, "") for ward in WARDS], name
+
+
 def test_texts(app: typer.Typer, tmp_path: Path) -> None:
     run = spec("next_token", vocabulary=list("helo wrd"), steps=8)
     text = tmp_path / "talk.txt"
@@ -412,4 +426,8 @@ def test_refusals_name_the_file_and_the_remedy(app: typer.Typer, tmp_path: Path)
         run_command(app, "evaluate", "--model", bare, "--data", table)
     with pytest.raises(DataError, match="stays.csv"):
         run_command(app, "evaluate", "--model", model, "--data", table, "--group", "ward")
+    custom = {"custom": "own:net", "tensors": [("w", (2, 2))]}
+    own = saved(validate(RunSpec, {"data": STAYS, "model": custom}, "test"), tmp_path)
+    with pytest.raises(PolicyRefused, match="pass --allow-custom own:net$"):
+        run_command(app, "predict", "--model", own, "--data", table, "--group", "ward", "--out", out)
     assert not out.exists()

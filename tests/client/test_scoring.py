@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from seqfed.client.data import Batch
-from seqfed.client.scoring import anomaly_scores, score
+from seqfed.client.scoring import anomaly_scores, own_units, score
 from seqfed.common.errors import TrainingFailed
 from seqfed.common.metrics import BINS, UNIT, add, carried, main_metrics, metric_names, names, summary
 from seqfed.common.spec import RunSpec
@@ -237,6 +237,22 @@ def test_a_label_of_one_kind_only_is_left_out_of_the_mean() -> None:
 
 
 # Numbers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "mean", "scale"),
+    [
+        ({"kind": "regression"}, {"targets": 2, "target_mean": (5.0, 6.0)}, [5, 6], [1, 1]),
+        ({"kind": "regression"}, {"targets": 2, "target_scale": (2.0, 4.0)}, [0, 0], [2, 4]),
+        ({"kind": "forecast", "horizon": 2}, {"mean": (1.0, -1.0), "scale": (2.0, 3.0)}, [1, -1, 1, -1], [2, 3, 2, 3]),
+        ({"kind": "anomaly"}, {}, [0, 0], [1, 1]),
+    ],
+)
+def test_the_units_of_each_output(
+    task: dict[str, Any], data: dict[str, Any], mean: list[float], scale: list[float]
+) -> None:
+    found = own_units(RunSpec.model_validate({"data": {**NUMBERS, **data}, "task": task}))
+    assert [one.tolist() for one in found] == [mean, scale]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -18,9 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.client.hurried import at_once, hurry
 from tests.client.ready import Ready
+from tests.client.table import Table, be_in, parties, party, secure_spec, update
 
 from seqfed.client import session as under_test
 from seqfed.client.data import Sequences
+from seqfed.client.masking import Log, Masking
+from seqfed.client.secure import Given, contribution
 from seqfed.client.session import (
     BEAT_S,
     BROKEN,
@@ -38,6 +42,8 @@ from seqfed.common.errors import (
     BrokenTransfer,
     ConfigError,
     InsecureRefused,
+    MaskingFailed,
+    MaskingRefused,
     NoModel,
     Overloaded,
     PolicyRefused,
@@ -49,9 +55,19 @@ from seqfed.common.errors import (
     WrongRound,
 )
 from seqfed.common.layout import Flat
+from seqfed.common.masking.messages import (
+    Advert,
+    Confirm,
+    KeyShares,
+    MaskedInput,
+    Opening,
+    Reply,
+    Request,
+    Survivors,
+)
 from seqfed.common.spec import DataSpec, RunSpec
 from seqfed.common.transfer import CHUNK_BYTES, Reassembly, split
-from seqfed.common.views import ModelVersion, Progress, Stage, Task, TaskKey, TaskKind, UpdateHeader
+from seqfed.common.views import MaskingTerms, ModelVersion, Progress, Stage, Task, TaskKey, TaskKind, UpdateHeader
 
 MODEL = np.arange(400_000, dtype="<f4")  # three chunks and a bit
 VERSION = ModelVersion(0, MODEL.nbytes, blake3(MODEL.tobytes()).digest(), b"layout")
@@ -170,6 +186,8 @@ class Server:
     cuts: list[int] = field(default_factory=list)  # chunks that the next transfers carry
     told: list[tuple[float, str, Any]] = field(default_factory=list)  # (when, call, with what)
     received: bytearray = field(default_factory=bytearray)
+    tables: dict[int, Table] = field(default_factory=dict)  # masked sums, by number; another is over
+    lost: list[type] = field(default_factory=list)  # steps of masked sums, the answer to which is lost once
 
     def note(self, call: str, content: Any) -> None:
         self.told.append((asyncio.get_running_loop().time(), call, content))
@@ -224,7 +242,20 @@ class Line:
             sent(offset)
             assert offset == len(self._server.received)
             self._server.received += data
+        if header.masked_number:
+            self._server.tables[header.masked_number].take("ward", bytes(self._server.received))
+            self._server.received.clear()
         return False
+
+    async def mask(self, key: TaskKey, number: int, step: Request, names: Sequence[str]) -> Reply:
+        self._server.note("mask", (key, number, type(step)))
+        if number not in self._server.tables:
+            raise WrongRound(f"masked sum {number} is over")
+        reply = await self._server.tables[number].say("ward", step)
+        if type(step) in self._server.lost:
+            self._server.lost.remove(type(step))
+            raise ServerUnavailable("lost")
+        return reply
 
     async def submit_evaluation(self, key: TaskKey, version: int, tally: dict[str, int]) -> bool:
         self._server.note("evaluation", key)
@@ -246,6 +277,7 @@ class Bench:
     error: Exception | None = None
     done: list[TaskKey] = field(default_factory=list)
     begun: list[TaskKey] = field(default_factory=list)
+    anew: list[int] = field(default_factory=list)  # of the trainings that were done
     client: str = "ward"
     source: Ready = field(default_factory=lambda: Ready(SEQUENCES, SEQUENCES, 1))
 
@@ -266,15 +298,20 @@ class Bench:
         self.done.append(task.key)
 
     async def train(
-        self, task: Task, flat: Flat, cancelled: Callable[[], bool], tell: Callable[[Progress], None]
+        self, task: Task, flat: Flat, cancelled: Callable[[], bool], tell: Callable[[Progress], None], anew: int = 0
     ) -> LocalUpdate | None:
         assert flat.tobytes() == MODEL.tobytes()
         await self._work(task, Stage.TRAINING, cancelled, tell)
-        return None if cancelled() else LocalUpdate(MODEL, b"digest", 1, {}, self.seconds)
+        self.anew += [] if cancelled() else [anew]
+        return None if cancelled() else LocalUpdate(MODEL, b"digest %d" % anew, 1, {"examples": 1}, self.seconds)
 
     async def evaluate(self, task: Task, flat: Flat, tell: Callable[[Progress], None]) -> dict[str, int]:
         await self._work(task, Stage.EVALUATING, lambda: False, tell)
-        return {}
+        return {"examples": 5}
+
+    async def measure(self, task: Task) -> dict[str, int]:
+        await self._work(task, Stage.READING, lambda: False, lambda _: None)
+        return {"count.0": 5}
 
 
 def live(
@@ -288,6 +325,7 @@ def live(
     then: Callable[[Session], Awaitable[None]] | None = None,
     seed: int = 1,
     consent: Callable[[Task], None] | None = None,
+    masking: Masking | None = None,
 ) -> None:
     """The client's life for so many seconds; `away`: whether nothing answers at an address just now."""
 
@@ -300,7 +338,14 @@ def live(
 
     async def main() -> None:
         client = Session(
-            cast(Workshop, bench), addresses, "0" * 32, False, dial=dial, rng=seeded(seed), consent=consent
+            cast(Workshop, bench),
+            addresses,
+            "0" * 32,
+            False,
+            dial=dial,
+            rng=seeded(seed),
+            consent=consent,
+            masking=masking,
         )
         life = asyncio.ensure_future(client.run())
         if then is not None:
@@ -529,3 +574,223 @@ def test_a_transfer_is_broken_off_when_its_task_is_cancelled(monkeypatch: pytest
     server, bench = Server(tasks=[TRAIN]), Bench()
     live(monkeypatch, server, bench, 10, then=then)
     assert bench.done == [TRAIN.key, NEXT.key]
+
+
+# Masked sums ------------------------------------------------------------------------------------------------------------
+
+SECURE = replace(TRAIN, spec=secure_spec(), masking=MaskingTerms(1, 5))
+AGAIN = replace(SECURE, key=RETRY.key, masking=MaskingTerms(2, 5))
+RESTARTED = replace(SECURE, masking=MaskingTerms(2, 5))  # the server forgot the sum, and not the attempt
+STEPS = [Advert, KeyShares, MaskedInput, Confirm, Opening]
+
+
+@dataclass
+class Company:
+    """Two more clients, who are in each of these sums, one after the other."""
+
+    folder: Path
+    tables: list[Table]
+    after: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.people = parties(self.folder, "ward", "anna", "bert")
+
+    def given(self, place: int) -> Given:
+        return update(place, MODEL.size) if self.tables[place].dim else {"examples": 1 + place}
+
+    async def join(self, _: Session) -> None:
+        self._parts = [asyncio.ensure_future(self._part(self.people[name])) for name in ("anna", "bert")]
+
+    async def _part(self, one: Masking) -> None:
+        await asyncio.sleep(self.after)
+        for place, table in enumerate(self.tables):
+            await be_in(table, one, self.given(place))
+
+    def live(self, monkeypatch: pytest.MonkeyPatch, server: Server, bench: Bench, until: float, **how: Any) -> None:
+        server.tables |= {table.terms.number: table for table in self.tables}
+        live(monkeypatch, server, bench, until, **{"masking": self.people["ward"], "then": self.join, **how})
+
+
+def steps(server: Server) -> list[tuple[int, type]]:
+    return [(number, step) for _, number, step in server.all("mask")]
+
+
+def test_a_training_goes_into_a_masked_sum_and_tells_nothing_beside_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    table = Table(SECURE, 3, MODEL.size)
+    server = Server(tasks=[SECURE])
+    Company(tmp_path, [table], after=20).live(monkeypatch, server, Bench(seconds=21), 60)
+    assert steps(server) == [(1, step) for step in STEPS]
+    whole, tally = table.sums()
+    given = [LocalUpdate(MODEL, b"", 1, {"examples": 1}, 0), *[update(0, MODEL.size)] * 2]
+    plain = [
+        contribution(table.terms, SECURE, name, one) for name, one in zip(("ward", "anna", "bert"), given, strict=True)
+    ]
+    np.testing.assert_array_equal(
+        whole, sum(vector.astype(np.int64) for vector, _ in plain if vector is not None) & 0xFFFF
+    )
+    assert [tally[name] for name in ("weight", "examples", "clients")] == [15, 15, 3]
+    assert tally["clipped"] == 3  # all are longer than privacy.clip
+    ((header, _),) = server.all("update")
+    assert (header.key, header.masked_number, header.nbytes) == (SECURE.key, 1, 2 * MODEL.size)
+    assert (header.weight, header.tally) == (0, {})
+    told = [progress for _, progress in server.all("progress")]
+    assert {one.stage for one in told} == {Stage.TRAINING}
+    assert {(one.total, one.epoch, one.loss) for one in told} == {(100, 0, None)}
+    assert len(told) == 4
+    assert {one.done for one in told} <= {100 * second // 21 for second in range(21)}
+    assert server.all("failure") == []
+
+
+def test_a_client_that_waits_for_the_others_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    server = Server(tasks=[SECURE])
+    Company(tmp_path, [Table(SECURE, 3, MODEL.size)], after=60).live(monkeypatch, server, Bench(), 40)
+    assert steps(server) == [(1, Advert)]
+    assert [(one.stage, one.total) for _, one in server.all("progress")] == [(Stage.SENDING, 0)] * 7
+
+
+@pytest.mark.parametrize("kind", [TaskKind.EVALUATE, TaskKind.MEASURE])
+def test_sums_over_data_are_masked_too(kind: TaskKind, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    name = {TaskKind.EVALUATE: "examples", TaskKind.MEASURE: "count.0"}[kind]
+    task = replace(SECURE, kind=kind, spec=secure_spec("federated"))
+    table, server = Table(task, 3), Server(tasks=[task])
+    company = Company(tmp_path, [table])
+    monkeypatch.setattr(company, "given", lambda _: {name: 1})
+    company.live(monkeypatch, server, Bench(), 20)
+    assert table.sums()[1][name] == 7
+    assert server.all("update") == server.all("evaluation") == server.all("failure") == []
+    assert len(server.all("fetch")) == (kind is TaskKind.EVALUATE)
+
+
+def test_a_measuring_of_a_run_without_secure_aggregation_is_answered_as_an_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = Server(tasks=[replace(TRAIN, kind=TaskKind.MEASURE)])
+    live(monkeypatch, server, Bench(), 20)
+    assert (server.all("evaluation"), server.all("fetch")) == ([TRAIN.key], [])
+
+
+def test_a_lost_answer_is_asked_for_again_and_is_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table, server = Table(SECURE, 3, MODEL.size), Server(tasks=[SECURE], lost=list(STEPS), cuts=[9, 1])
+    Company(tmp_path, [table]).live(monkeypatch, server, Bench(), 60)
+    assert steps(server) == [(1, step) for step in STEPS for _ in range(2)]
+    assert len(server.all("update")) == 2  # the upload broke, too, and went on
+    assert table.sums()[1]["clients"] == 3
+
+
+@pytest.mark.parametrize("next_", [AGAIN, RESTARTED])
+@pytest.mark.parametrize("over", [False, True])
+def test_for_another_number_the_sum_is_begun_anew_and_not_the_training(
+    next_: Task, over: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, second = Table(SECURE, 4, MODEL.size), Table(next_, 3, MODEL.size)  # nobody has the fourth seat
+    company = Company(tmp_path, [second])
+
+    async def then(client: Session) -> None:
+        await first.heard(1)
+        if over:
+            del server.tables[1]  # what the client asks is refused, and the new task comes later
+            server.answers["progress"] = [WrongRound("over")]
+            await asyncio.sleep(60)
+        client._offer(next_)
+        await company.join(client)
+
+    server, bench = Server(tasks=[SECURE]), Bench()
+    server.tables[1] = first
+    company.live(monkeypatch, server, bench, 60, then=then)
+    assert steps(server) == [(1, Advert), *((2, step) for step in STEPS)]
+    assert bench.done == [SECURE.key]
+    assert {key for key, number, _ in server.all("mask") if number == 2} == {next_.key}
+    assert second.sums()[1]["clients"] == 3
+    assert server.all("failure") == []
+
+
+def test_what_may_have_been_opened_is_trained_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first, second = Table(SECURE, 3, MODEL.size), Table(AGAIN, 3, MODEL.size)
+
+    async def then(client: Session) -> None:
+        await company.join(client)
+        await first.heard(15)  # five steps of three clients
+        client._offer(AGAIN)
+
+    company = Company(tmp_path, [first, second])
+    server, bench = Server(tasks=[SECURE]), Bench()
+    company.live(monkeypatch, server, bench, 60, then=then)
+    assert bench.anew == [0, 2]
+    assert second.sums()[1]["clients"] == 3
+    log = Log(tmp_path / "ward")
+    assert log.opened(SECURE.key) == {b"digest 0", b"digest 2"}
+
+
+def test_a_sum_that_came_to_nothing_is_no_failure_of_the_clients(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answers: dict[str, list[SeqfedError]] = {"mask": [MaskingFailed("too few"), WrongRound("over")]}
+    server, bench = (
+        Server(tasks=[SECURE], answers=answers, stands=[5.0, 5.0]),
+        Bench(),
+    )  # each connection sends it again
+    table = Table(SECURE, 3, MODEL.size)
+    Company(tmp_path, [table]).live(monkeypatch, server, bench, 60)
+    assert server.all("failure") == []
+    assert bench.done == [SECURE.key]  # and what was trained is still there
+    assert table.sums()[1]["clients"] == 3
+
+
+def test_a_cancelled_task_leaves_its_sum(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def then(client: Session) -> None:
+        await table.heard(1)
+        client._offer(replace(CANCEL, key=SECURE.key))
+        client._offer(NEXT)
+
+    table, server = Table(SECURE, 3, MODEL.size), Server(tasks=[SECURE])
+    Company(tmp_path, [table]).live(monkeypatch, server, Bench(), 30, then=then)
+    assert steps(server) == [(1, Advert)]
+    assert [header.key for header, _ in server.all("update")] == [NEXT.key]
+
+
+def test_a_server_that_lies_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def lie(client: str, reply: Reply) -> Reply:
+        return Survivors(frozenset(["ward", "anna"])) if isinstance(reply, Survivors) and client == "ward" else reply
+
+    server = Server(tasks=[SECURE])
+    Company(tmp_path, [Table(SECURE, 3, MODEL.size, lie=lie)]).live(monkeypatch, server, Bench(), 20)
+    assert server.all("failure") == [(SECURE.key, MaskingRefused)]
+    assert steps(server) == [(1, step) for step in STEPS[:3]]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_what_cannot_be_masked_is_not_even_trained(
+    known: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server, bench = Server(tasks=[SECURE]), Bench()
+    live(monkeypatch, server, bench, 20, masking=party("ward", tmp_path) if known else None)
+    assert server.all("failure") == [(SECURE.key, MaskingRefused)]
+    assert bench.begun == server.all("fetch") == []
+
+
+def test_without_a_number_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    server = Server(tasks=[replace(SECURE, masking=None)])
+    live(monkeypatch, server, Bench(), 20, masking=party("ward", tmp_path, {}))
+    assert server.all("failure") == [(SECURE.key, MaskingRefused)]
+    assert server.all("update") == server.all("mask") == []
+
+
+def test_an_update_of_before_does_not_outlive_another_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The workshop trains into the same memory each time."""
+
+    async def then(client: Session) -> None:
+        await first.heard(1)
+        client._offer(OTHER)
+        await asyncio.sleep(20)
+        client._offer(AGAIN)
+        await company.join(client)
+
+    first, second = Table(SECURE, 4, MODEL.size), Table(AGAIN, 3, MODEL.size)
+    company = Company(tmp_path, [second])
+    server, bench = Server(tasks=[SECURE]), Bench()
+    server.tables[1] = first
+    company.live(monkeypatch, server, bench, 60, then=then)
+    assert bench.done == [SECURE.key, OTHER.key, AGAIN.key]
+    assert bench.anew == [0, 0, 0]

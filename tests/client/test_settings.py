@@ -29,6 +29,10 @@ from seqfed.common.errors import ConfigError
         ({"file": "a.csv", "wide": {"a": ["a1", "a2"], "b": ["b1"]}}, "wide needs as many columns for each input"),
         ({"file": "a.csv", "wide": {"a": ["a1"]}, "time": "t"}, "and no time column"),
         ({"file": "a.csv", "label_file": "b.csv", "label": "y"}, "label_file needs group and label"),
+        (
+            {"file": "a.csv", "label_file": "b.npz", "label": "y", "group": "g"},
+            "b.npz has arrays; label, columns, group",
+        ),
         ({"file": "a.csv", "remaining": 9, "label": "y"}, "remaining is itself the label"),
         ({"file": "a.csv", "delimiter": "tabs"}, "delimiter = 'tabs' is not one character, 'tab' or 'whitespace'"),
         ({"file": "a.csv", "encoding": "utf8000"}, "encoding = 'utf8000' is not known; try utf-8, latin-1 or utf-16"),

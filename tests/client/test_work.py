@@ -15,11 +15,12 @@ from seqfed.client.data import Sequences
 from seqfed.client.network import network_for
 from seqfed.client.work import LocalUpdate, Workshop
 from seqfed.common.config import validate
-from seqfed.common.errors import LayoutMismatch, PolicyRefused, SchemaMismatch
+from seqfed.common.errors import ConfigError, LayoutMismatch, PolicyRefused, SchemaMismatch
 from seqfed.common.layout import Flat
 from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.seeds import generator
 from seqfed.common.spec import RunSpec
+from seqfed.common.statistics import Statistics
 from seqfed.common.views import ModelVersion, Progress, Stage, Task, TaskKey, TaskKind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,6 +98,45 @@ def test_another_attempt_is_the_same_work() -> None:
     assert train(workshop(), again, model(given)).digest == one.digest
 
 
+def test_a_training_anew_draws_other_batches_each_time() -> None:
+    given, shop = task(), workshop()
+    digests = {0: train(shop, given, model(given)).digest}
+    for number in (3, 4):
+        update = shop.train(given, model(given), lambda: False, lambda _: None, number)
+        assert update is not None
+        digests[number] = update.digest
+    assert len(set(digests.values())) == 3
+    once_more = workshop().train(given, model(given), lambda: False, lambda _: None, 4)
+    assert once_more is not None
+    assert once_more.digest == digests[4]
+
+
+def test_a_run_that_has_measured_the_data_trains_on_what_follows_from_it() -> None:
+    federated = task(data={"features": 3, "classes": 2, "normalise": "federated"})
+    statistics = Statistics(mean=(1.0, 2.0, 3.0), scale=(1.0, 1.0, 2.0))
+    measured = replace(federated, statistics=statistics.model_dump_json().encode())
+    source = Ready(sequences(20), sequences(7))
+    shop = Workshop("ward", source)
+    assert shop.measure(federated) == {"count.0": 20}
+    assert source.asked == []
+    update = train(shop, measured, model(measured))
+    shop.evaluate(measured, model(measured))
+    assert [(one.data.mean, one.data.scale) for one in source.asked] == [(statistics.mean, statistics.scale)]
+    assert (
+        update.digest == train(workshop(), task(), model(task())).digest
+    )  # these are not for a function's own sequences
+    with pytest.raises(ConfigError, match="the run's statistics"):
+        shop.check(federated)
+    given = replace(task(), statistics=measured.statistics)  # of a run that has its own
+    assert Workshop("ward", source).check(given) is not None
+    assert source.asked[-1] == given.spec
+
+
+def test_only_what_fits_is_measured() -> None:
+    with pytest.raises(SchemaMismatch, match="client 'ward' has 3 features a step, the run wants 5"):
+        workshop().measure(task(data={"features": 5, "classes": 2, "normalise": "federated"}))
+
+
 def test_scores_are_those_of_the_validation_data() -> None:
     given = task()
     network = network_for(given.spec)
@@ -120,7 +160,7 @@ def test_a_task_for_other_data_is_refused() -> None:
 
 def test_code_that_is_not_allowed_is_refused_before_the_data_are_read() -> None:
     source = Ready(sequences(20), sequences(7))
-    with pytest.raises(PolicyRefused, match="custom: the run's model.custom is 'ours:net', which this client does not"):
+    with pytest.raises(PolicyRefused, match="custom: the run's model.custom is 'ours:net', which is not allowed here"):
         Workshop("ward", source).check(task(model={"custom": "ours:net", "tensors": (("w", (1,)),)}))
     assert source.asked == []
 

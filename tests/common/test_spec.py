@@ -21,7 +21,7 @@ def test_canonical_json_is_what_peers_and_stored_runs_have() -> None:
     assert spec.canonical == (
         b'{"name":"run","seed":1,"rounds":10,"data":{"features":2,"columns":null,"categories":{},'
         b'"missing":"refuse",'
-        b'"mean":null,"scale":null,"grid":null,'
+        b'"normalise":"given","mean":null,"scale":null,"grid":null,'
         b'"vocabulary":null,"unit":"characters","unknown":"token","steps":null,"stride":null,"horizon":0,'
         b'"classes":3,"labels":null,"targets":null,"target_mean":null,"target_scale":null},'
         b'"task":{"kind":"classification","horizon":1,'
@@ -38,7 +38,8 @@ def test_canonical_json_is_what_peers_and_stored_runs_have() -> None:
         b'"asynchronous":null,'
         b'"aggregation":{"weighting":"examples","max_weight":null,"max_norm":null,"over_norm":"clip"},'
         b'"evaluation":{"every":1},'
-        b'"convergence":null}'
+        b'"convergence":null,'
+        b'"privacy":{"secure_aggregation":false,"mode":"malicious","min_survivors":3,"b":16,"clip":10.0,"drop":0.05,"step_s":60.0}}'
     )
 
 

@@ -45,9 +45,20 @@ specs = st.builds(
 keys = st.builds(views.TaskKey, texts, u32, u32)
 versions = st.builds(views.ModelVersion, u32, u64, st.binary(max_size=32), st.binary(max_size=32))
 signatures = st.binary(max_size=72)
-tasks = st.builds(views.Task, st.sampled_from(views.TaskKind), keys, specs, versions, signatures, signatures)
+masking = st.none() | st.builds(views.MaskingTerms, u64, u32)
+tasks = st.builds(
+    views.Task,
+    st.sampled_from(views.TaskKind),
+    keys,
+    specs,
+    versions,
+    signatures,
+    signatures,
+    masking,
+    st.binary(max_size=9),
+)
 headers = st.builds(
-    views.UpdateHeader, keys, u64, st.binary(max_size=32), u64, st.binary(max_size=32), u64, tallies, seconds
+    views.UpdateHeader, keys, u64, st.binary(max_size=32), u64, st.binary(max_size=32), u64, tallies, seconds, u64
 )
 records = st.builds(
     views.RoundRecord, u32, u32, names, names, tallies, metrics, u64, u64, seconds, seconds, spreads, u64, u32

@@ -234,6 +234,7 @@ UNARY: Final[Mapping[str, type[Message]]] = {
     "Listen": federation_pb2.ListenRequest,
     "FetchModel": federation_pb2.FetchModelRequest,
     "UploadStatus": federation_pb2.UploadStatusRequest,
+    "Mask": federation_pb2.MaskRequest,
     "SubmitEvaluation": federation_pb2.SubmitEvaluationRequest,
     "ReportProgress": federation_pb2.ReportProgressRequest,
     "ReportFailure": federation_pb2.ReportFailureRequest,

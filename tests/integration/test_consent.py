@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import random
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
@@ -15,11 +16,12 @@ from tests.integration.test_tls import Place, a_server, running
 
 from seqfed.client.admin import Operator, operating
 from seqfed.client.channel import connected
-from seqfed.client.consent import Account, Consent
+from seqfed.client.consent import Consent
 from seqfed.client.policy import Policy
 from seqfed.client.session import Session
 from seqfed.client.work import Workshop
 from seqfed.common import checkpoint, identity, views
+from seqfed.common.config import validate_json
 from seqfed.common.identity import Role
 from seqfed.common.model import layout_of
 from seqfed.common.spec import RunSpec
@@ -116,6 +118,23 @@ async def test_where_too_many_decline_the_operator_reads_each_rule(place: Place)
     assert formulas["b"].trained == []
 
 
+async def test_a_run_that_an_older_version_signed_goes_on_after_an_upgrade(place: Place) -> None:
+    content = json.loads(spec_of().canonical)
+    del content["privacy"]  # which has come since, with a default
+    old = validate_json(RunSpec, json.dumps(content).encode(), "test")
+    formulas = {name: Formula(name) for name in "ab"}
+    alice = place.credentials(Role.OPERATOR, "alice")
+    async with a_server(place) as server, operating(server.address, False, alice) as calls:
+        run = (await calls.submit(old, None)).run
+    policy = Policy(operators=("alice",))
+    async with a_server(place) as server:
+        sessions = [client(place, server.address, formulas[name], policy) for name in "ab"]
+        async with running(*sessions), operating(server.address, False, alice) as calls:
+            last, _ = await until(calls, run, "finished")
+    assert last.spec.canonical == old.canonical
+    assert [number for number, _ in formulas["a"].trained] == [1, 2, 3]
+
+
 async def test_what_was_spent_outlives_a_client_and_a_run(place: Place) -> None:
     alice = place.credentials(Role.OPERATOR, "alice")
     policy = Policy(max_rounds_total=4)
@@ -127,12 +146,12 @@ async def test_what_was_spent_outlives_a_client_and_a_run(place: Place) -> None:
             run = (await calls.submit(spec_of(), None)).run
             await until(calls, run, "finished")
         again = client(place, server.address, Formula("a"), policy)
-        again._consent = Consent(policy, cast(Account, consent._account).path.parent, consent._ca)
+        again._consent = Consent(policy, consent._account.path.parent, consent._ca)
         async with running(again, client(place, server.address, Formula("b"), None)):
             run = (await calls.submit(spec_of(), None)).run
             view, _ = await until(calls, run, "paused")
             assert view.round == 2
             assert (
-                "a declines: PolicyRefused: max_rounds_total: 5 rounds for this operator, in all its runs, and the limit is 4"
+                "a declines: PolicyRefused: max_rounds_total: 5 rounds in all runs together, and the limit is 4"
                 in view.reason
             )

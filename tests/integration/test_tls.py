@@ -556,7 +556,7 @@ async def test_the_main_port_enrols_nobody_and_the_enrolment_port_does_nothing_e
 
 
 def an_office(place: Place, **more: Any) -> Office:
-    return Office(place.ca, lambda _, __: True, **{"days": 1.0, "a_second": 2.0, **more})
+    return Office(place.ca, lambda *_: True, **{"days": 1.0, "a_second": 2.0, **more})
 
 
 async def test_strangers_are_told_why_no_faster_than_the_setting_says_and_hold_up_nobody(place: Place) -> None:

@@ -23,6 +23,7 @@ from seqfed.common.errors import (
     BrokenTransfer,
     InvalidName,
     NotAllowed,
+    Overloaded,
     RateLimited,
     SeqfedError,
     TooLarge,
@@ -30,6 +31,7 @@ from seqfed.common.errors import (
     WrongRound,
 )
 from seqfed.common.identity import Role
+from seqfed.server import audit
 from seqfed.server.access import ALLOWED, Bucket
 from seqfed.server.daemon import serving
 from seqfed.server.settings import ServerSettings
@@ -164,6 +166,17 @@ async def test_who_enrols_again_after_a_revocation_is_let_in(server: Guarded) ->
         await Site(await server.dial(before), "a").join()
 
 
+async def test_the_revoked_use_up_nothing_of_who_enrolled_again(tmp_path: Path) -> None:
+    async with guarded(tmp_path, calls_per_s=0.01, calls_burst=3) as server:
+        before = Site(await server.dial(server.issue(Role.CLIENT, "a")), "a")
+        await server.revoke("a")
+        after = server.issue(Role.CLIENT, "a", now=identity.now() + timedelta(seconds=1))
+        for _ in range(10):
+            with pytest.raises(Unauthenticated, match="was revoked"):
+                await before.join()
+        await Site(await server.dial(after), "a").join()
+
+
 async def test_a_revocation_outlives_the_server(tmp_path: Path) -> None:
     async with guarded(tmp_path) as server:
         own = server.issue(Role.CLIENT, "a")
@@ -226,6 +239,38 @@ async def test_who_calls_too_often_is_told_so_and_others_are_not(tmp_path: Path)
         with pytest.raises(RateLimited, match="client:a makes more than 0.01 calls a second"):
             await a.join()
         await b.join()
+
+
+async def test_who_joins_all_the_time_takes_nothing_from_others(tmp_path: Path) -> None:
+    async with guarded(tmp_path, joins_per_minute=5, joins_per_s=10.0) as server:
+        m, *others = [Site(await server.channel(Role.CLIENT, name), name) for name in "mabcde"]
+        for _ in range(5):
+            await m.join()
+        for _ in range(30):
+            with pytest.raises(RateLimited, match=r"client 'm' joins more than 5 times a minute \(joins_per_minute\)"):
+                await m.join()
+        for site in others:
+            await site.join()
+    line = ("client:m", "/seqfed.v1.Federation/Join", "RateLimited")
+    assert refused(tmp_path / "state") == [line] * 20  # and then how many more
+
+
+async def test_that_the_server_is_busy_says_nothing_of_whom_it_refuses(tmp_path: Path) -> None:
+    """So there is no line of it in the audit log; whoever keeps it busy has some, for its own limits."""
+    async with guarded(tmp_path, joins_per_s=0.01) as server:
+        a, b, c = [Site(await server.channel(Role.CLIENT, name), name) for name in "abc"]
+        for site in (a, b):
+            await site.join()
+        with pytest.raises(Overloaded, match="joins_per_s"):
+            await c.join()
+    assert refused(tmp_path / "state") == []
+
+
+def refused(state: Path) -> list[tuple[str, str, str]]:
+    """What the audit log says of refusals: who, method, error."""
+    with audit.reading(state, None) as entries:
+        told = [json.loads(one.body) for one in entries if one.kind == "refused"]
+    return [(one["who"], one["method"], one["error"]) for one in told if "error" in one]
 
 
 def test_a_bucket_fills_again() -> None:
@@ -295,15 +340,37 @@ async def test_a_model_is_given_only_to_whom_it_is_a_task(server: Guarded) -> No
         await c.fetch(task)
 
 
-async def test_a_stream_without_a_header_is_ended(tmp_path: Path) -> None:
-    async with guarded(tmp_path, upload_stall_s=0.1) as server:
+async def test_a_call_without_a_message_is_ended(tmp_path: Path) -> None:
+    async with guarded(tmp_path, message_s=0.1) as server:
         (a,) = await server.arrive("a")
         uploading: Any = a.stub.SubmitUpdate(metadata=a.metadata)
-        with pytest.raises(BrokenTransfer, match=r"no header came for 0.1 s \(upload_stall_s\)"), typed():
-            await soon(uploading)
         submitting: Any = (await server.desk()).Submit()
-        with pytest.raises(BrokenTransfer, match="no header"), typed():
-            await soon(submitting)
+        channel: Any = await server.channel(Role.CLIENT, "a")
+        joining = channel.stream_unary("/seqfed.v1.Federation/Join")()
+        for made in (uploading, submitting, joining):
+            with pytest.raises(BrokenTransfer, match=r"no message came within 0.1 s \(message_s\)"), typed():
+                await soon(made)
+        assert a.tasks.empty()  # one whose message has come may take as long as it likes
+
+
+async def test_a_call_that_ends_without_its_message_or_with_another_is_refused(server: Guarded) -> None:
+    channel: Any = await server.channel(Role.CLIENT, "a")
+
+    for method in ("Join", "SubmitUpdate"):
+        for messages, what in (
+            ((), "the (call ended before|stream did not begin)"),
+            ((b"\xff",), "not of this method's"),
+        ):
+            sent = channel.stream_unary(f"/seqfed.v1.Federation/{method}")(iter(messages), metadata=await seen(server))
+            with pytest.raises(BrokenTransfer, match=what), typed():
+                await soon(sent)
+
+
+async def seen(server: Guarded) -> Any:
+    """What shows the session of client `a`."""
+    site = Site(await server.channel(Role.CLIENT, "a"), "a")
+    await site.join()
+    return site.metadata
 
 
 async def test_names_that_could_forge_a_line_are_refused_or_escaped(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,16 @@ def test_a_step_and_its_entry_are_there_together_or_not_at_all(place: Place) -> 
     with pytest.raises(LeaseLost):
         store.revoke("a", 1.0, "", NOTES)
     assert whole(place) == []
+    store.close()
+
+
+def test_a_token_is_used_up_and_its_certificate_written_down_together_or_not_at_all(place: Place) -> None:
+    store, later = place.open(), time.time() + 60
+    with pytest.raises(TypeError):
+        store.use_nonce("a", later, [Note(Kind.ENROLLED, {"client": object()})])
+    assert store.use_nonce("a", later, NOTES[:1])  # so it was not used
+    assert not store.use_nonce("a", later, NOTES[1:])  # and what did not come of it is not written
+    assert [json.loads(one.body) for one in whole(place)] == [NOTES[0].body]
     store.close()
 
 
@@ -224,26 +235,44 @@ async def test_what_the_store_cannot_take_waits(
     monkeypatch.setattr(audit, "BEHIND_S", 0.0)
     monkeypatch.setattr(audit, "AGAIN_S", 0.0)
     set_away(True)
-    behind.note(Kind.ENROLLED, client="a")
+    behind.refused("client:a", "m", "NotAllowed")
     await asyncio.sleep(0.01)
-    behind.note(Kind.ENROLLED, client="b")
+    behind.refused("client:b", "m", "NotAllowed")
     assert notes == []
     set_away(False)
     await turns_until(lambda: len(notes) == 2)
-    assert [one.body["client"] for one in notes] == ["a", "b"]
+    assert [one.body["who"] for one in notes] == ["client:a", "client:b"]
 
 
-async def test_a_flood_from_many_addresses_takes_bounded_room(
+async def test_a_flood_of_many_members_takes_bounded_room(
     written: tuple[Audit, list[Note], Callable[[bool], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     behind, notes, _ = written
     monkeypatch.setattr(audit, "PEERS", 3)
     for number in range(100):
-        behind.refused(f"peer {number % 50}", "m", "NotAllowed")
+        behind.refused(f"client:{number % 50}", "m", "NotAllowed")
     await behind.close()
     named = [one.body for one in notes if "error" in one.body]
     assert len(named) == 3 * 2 + 2
     assert [one.body for one in notes if "more" in one.body] == [{"who": "others", "more": 92}]
+
+
+async def test_all_strangers_share_one_allowance() -> None:
+    """Whatever the number of their addresses: so many lines at once, then one a minute that says how many there were."""
+    now, notes = 0.0, list[Note]()
+    behind = Audit(notes.extend, lambda: (0, chain.START), 3, lambda: now)
+    for minute in range(10):
+        now = 60.0 * minute
+        for number in range(1000):
+            behind.refused(f"ipv4:192.0.2.{number % 256}", "m", "Unauthenticated")
+        behind.refused("client:a", "m", "NotAllowed")  # a member is heard all the same
+        now += 30.0
+    await behind.close()
+    lines = [one.body for one in notes if one.body["who"] != "client:a"]
+    assert len(notes) - len(lines) == 3 + 1  # and how many more
+    assert [one.get("more", 0) for one in lines] == [0, 0, 0, 997, *[999] * 8, 999]
+    assert lines[3] == {"who": "ipv4:192.0.2.0", "method": "m", "error": "Unauthenticated", "more": 997}
+    assert lines[-1] == {"who": "strangers", "more": 999}
 
 
 # The command

@@ -34,6 +34,7 @@ from seqfed.server.round import (
     Event,
     Fold,
     Hasten,
+    MaskingEnded,
     ModelCommitted,
     OpenSum,
     PauseRequested,
@@ -47,6 +48,7 @@ from seqfed.server.round import (
     Suspend,
     TaskFailed,
     Turn,
+    Unmasked,
     UpdateArrived,
     choose,
     on,
@@ -60,6 +62,8 @@ EVENTS: dict[type, Event] = {
     EvaluationArrived: EvaluationArrived(1, "a", (("examples", 1),)),
     TaskFailed: TaskFailed(1, "a", "no data"),
     Silence: Silence("a"),
+    Unmasked: Unmasked(1, ("a", "b")),
+    MaskingEnded: MaskingEnded(1, "too few stayed"),
     ModelCommitted: ModelCommitted(1),
     Broken: Broken("the disk burns"),
     DeadlinePassed: DeadlinePassed(1, 1, Phase.TRAINING),
@@ -67,6 +71,12 @@ EVENTS: dict[type, Event] = {
     ResumeRequested: ResumeRequested(),
     StopRequested: StopRequested(),
     Restarted: Restarted(),
+}
+
+
+SECURE: dict[str, Any] = {
+    "privacy": {"secure_aggregation": True, "min_survivors": 2},
+    "aggregation": {"weighting": "uniform"},
 }
 
 
@@ -396,7 +406,7 @@ def test_an_evaluator_that_connects_anew_is_asked_again() -> None:
 def test_a_score_given_twice_is_a_duplicate() -> None:
     spec = make_spec(evaluation__every=1)
     run, _ = on(spec, evaluating(spec, "a", "b"), EvaluationArrived(1, "a", score(1)))
-    with pytest.raises(DuplicateUpdate, match="'a' has already scored round 1"):
+    with pytest.raises(DuplicateUpdate, match="'a' has already answered in round 1"):
         on(spec, run, EvaluationArrived(1, "a", score(2)))
 
 
@@ -514,6 +524,12 @@ def in_phase(phase: Phase) -> tuple[RunSpec, Run]:
             return spec, evaluating(spec, "a", "b")
         case Phase.PAUSED:
             return spec, follow(spec, run, UpdateArrived(1, "a"), PauseRequested())[0]
+        case Phase.MEASURING:
+            spec = make_spec(rounds=2, evaluation__every=1, data__normalise="federated")
+            return spec, training(spec, "a", "b")
+        case Phase.MASKING:
+            spec = make_spec(rounds=2, evaluation__every=1, **SECURE)
+            return spec, follow(spec, training(spec, "a", "b"), UpdateArrived(1, "b"), UpdateArrived(1, "a"))[0]
         case _:
             return spec, replace(run, phase=phase)
 

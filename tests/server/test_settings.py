@@ -54,7 +54,8 @@ def test_a_file_may_say_everything_and_flags_win(tmp_path: Path) -> None:
         "joins_per_s = 7\nmax_streams = 8\nuploads_waiting = 9\nprogress_s = 0.5\n"
         'tls = "tls"\nca = "ca"\nenroll_port = 6\nenrolments_per_s = 1\ncertificate_days = 2\n'
         "calls_per_s = 10\ncalls_burst = 11\ncalls_open = 12\nuploads_per_client = 13\nupload_bytes_per_s = 14\n"
-        "max_message_bytes = 2097152\nmax_metadata_bytes = 2048\nrefusals_per_minute = 15\n"
+        "max_message_bytes = 2097152\nmax_metadata_bytes = 2048\nrefusals_per_minute = 15\nmessage_s = 16\n"
+        "joins_per_minute = 17\n"
     )
     settings = load_toml(ServerSettings, path, {"port": 5, "host": None})
     assert settings == ServerSettings(
@@ -87,6 +88,8 @@ def test_a_file_may_say_everything_and_flags_win(tmp_path: Path) -> None:
         max_message_bytes=2 << 20,
         max_metadata_bytes=2 << 10,
         refusals_per_minute=15,
+        message_s=16,
+        joins_per_minute=17,
     )
     assert set(settings.model_fields_set) == set(ServerSettings.model_fields)
 

@@ -25,6 +25,7 @@ from tests.server.places import KINDS, Place, a_place
 import seqfed.server.store as store_module
 from seqfed.common import checkpoint
 from seqfed.common.checkpoint import ModelFile
+from seqfed.common.config import validate_json
 from seqfed.common.errors import StorageError, StorageFull
 from seqfed.common.layout import Parameters
 from seqfed.common.model import initial_parameters, layout_of
@@ -44,6 +45,7 @@ from seqfed.server.store import (
     RUNS,
     UPDATES,
     KnownClient,
+    Signed,
     Store,
     UpdateRow,
     dump_state,
@@ -116,6 +118,21 @@ def test_a_new_run_is_queued_with_its_initial_model(store: Store) -> None:
     assert (found.updates, found.record) == ((), None)
     assert b"".join(found.model.pieces()) == initial_parameters(spec).flat.tobytes()
     assert found.model.layout == layout_of(spec)
+
+
+def test_a_specification_keeps_its_bytes_whichever_version_wrote_them(place: Place) -> None:
+    store = place.open()
+    content = json.loads(make_spec().canonical)
+    del content["convergence"]  # as from a version that did not know it yet
+    text = json.dumps(content, indent=1).encode()
+    spec = validate_json(RunSpec, text, "test")
+    store.create(RUN, spec, saved(store, RUN, 0, spec), Signed("anna", b"signature", b"certificate"))
+    store = reopened(store, place)
+    (found,) = store.runs()
+    assert found.spec == make_spec()
+    assert found.spec.canonical == text
+    assert found.signed.signature == b"signature"
+    store.close()
 
 
 def test_runs_come_back_oldest_first(store: Store) -> None:

@@ -16,13 +16,13 @@ from seqfed.common import addresses, identity
 from seqfed.common.errors import (
     InternalError,
     NotAllowed,
-    Overloaded,
     SeqfedError,
     ServerUnavailable,
     TooLarge,
     Unauthenticated,
     every_error,
 )
+from seqfed.common.identity import Credentials, Identity, Role
 from seqfed.common.wire import ERROR_DOMAIN
 
 OPTIONS: Final = (
@@ -38,7 +38,6 @@ OPTIONS: Final = (
     ("grpc.use_local_subchannel_pool", 1),  # a fresh channel is a fresh connection
 )
 TOO_LARGE: Final = "larger than max"  # what gRPC says of a message beyond the receiver's limit
-CALLS_LIMIT: Final = "Concurrent RPC limit"  # gRPC's own words where a server's maximum_concurrent_rpcs is reached
 ANSWER_S: Final = 30.0  # seconds for the answer to a small call
 
 
@@ -83,16 +82,34 @@ async def connected(address: str, insecure: bool, credentials: Path | None = Non
         addresses.require_private(host, insecure, addresses.CLIENT_REMEDY)
         channel = grpc.aio.insecure_channel(target, options=OPTIONS)
     else:
-        found = identity.load_credentials(credentials)
-        try:
-            identity.holder(found, identity.now(), credentials)
-        except (Unauthenticated, NotAllowed) as error:
-            raise Unauthenticated(f"{error}; enrol anew with: seqfed client enroll --force") from None
+        found, _ = own(credentials)
         channel = grpc.aio.secure_channel(
             target, grpc.ssl_channel_credentials(found.ca, found.key, found.certificate), options=OPTIONS
         )
     async with channel:
         yield channel
+
+
+def own(folder: Path) -> tuple[Credentials, Identity]:
+    """The credentials in this folder, good at this moment, and whose they are.
+
+    Raises ConfigError, or Unauthenticated with the command that makes new ones.
+    """
+    found = identity.load_credentials(folder)
+    try:
+        return found, identity.holder(found, identity.now(), folder)
+    except (Unauthenticated, NotAllowed) as error:
+        raise Unauthenticated(f"{error}; {_anew(found.certificate)}") from None
+
+
+def _anew(certificate: bytes) -> str:
+    try:
+        whose = identity.identity_of(certificate)
+    except (Unauthenticated, NotAllowed):
+        return "name another folder with --credentials"
+    if whose.role is Role.CLIENT:
+        return "enrol anew with: seqfed client enroll --force"
+    return f"make a new one where the CA is: seqfed ca issue {whose.role} {whose.name} --force"
 
 
 @contextlib.contextmanager
@@ -128,8 +145,6 @@ def _typed(error: grpc.aio.AioRpcError, address: str) -> SeqfedError:
             )
         case grpc.StatusCode.UNIMPLEMENTED:
             return ServerUnavailable(f"what answers at {address} is not a seqfed server of this version")
-        case grpc.StatusCode.RESOURCE_EXHAUSTED if CALLS_LIMIT in (error.details() or ""):
-            return Overloaded(f"the server at {address} has as many calls as it takes at a time; try again later")
         case grpc.StatusCode.RESOURCE_EXHAUSTED if TOO_LARGE in (error.details() or ""):
             return TooLarge(f"{address}: {error.details()}; the server's setting is max_message_bytes")
         case _:

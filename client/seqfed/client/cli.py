@@ -1,4 +1,4 @@
-"""The commands `seqfed client` and `seqfed client enroll`."""
+"""The commands `seqfed client`, `seqfed client enroll` and `seqfed client key`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ def client(
         Path | None,
         typer.Option(envvar="SEQFED_CREDENTIALS", help="Folder that `client enroll` made [credentials in --state]."),
     ] = None,
+    peers: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SEQFED_PEERS", help="peers.toml: the other clients' masking keys [those with certificates]."
+        ),
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", envvar="SEQFED_INSECURE", help="Allow plaintext off the loopback interface.")
     ] = False,
@@ -65,6 +71,7 @@ def client(
     from seqfed.client.consent import consent_of
     from seqfed.client.data import open_source
     from seqfed.client.enroll import Renewal, in_use
+    from seqfed.client.masking import masking_of
     from seqfed.client.session import Session
     from seqfed.client.settings import ClientSettings
     from seqfed.client.work import Workshop
@@ -84,6 +91,7 @@ def client(
         "allow_custom": allow_custom or None,
         "policy": policy,
         "credentials": credentials,
+        "peers": peers,
         "insecure": insecure or None,
         "log_json": log_json or None,
     }
@@ -117,6 +125,7 @@ def client(
         allow_custom=consent.custom,
     )
     instance = identity.take(settings.state, own_name)
+    masking = masking_of(own_name, state_folder, folder, settings.peers, consent.policy.min_cohort)
     session = Session(
         workshop,
         settings.server,
@@ -125,20 +134,19 @@ def client(
         dial=functools.partial(connected, credentials=folder),
         renewal=None if folder is None else Renewal(folder),
         consent=consent,
+        masking=masking,
     )
     take_part(session)
 
 
 def _name_in(folder: Path, wanted: str | None) -> str:
     """The name in the client's certificate; raises ConfigError if another is wanted or the certificate is not a client's."""
-    from seqfed.common import identity
-    from seqfed.common.errors import ConfigError, NotAllowed, Unauthenticated
+    from seqfed.client.channel import own
+    from seqfed.common.errors import ConfigError
+    from seqfed.common.identity import Role
 
-    try:
-        whose = identity.holder(identity.load_credentials(folder), identity.now(), folder)
-    except (Unauthenticated, NotAllowed) as error:
-        raise type(error)(f"{error}; enrol anew with: seqfed client enroll --force") from None
-    if whose.role is not identity.Role.CLIENT:
+    _, whose = own(folder)
+    if whose.role is not Role.CLIENT:
         raise ConfigError(f"{folder} has the certificate of {whose}, and not a client's")
     if wanted is not None and wanted != whose.name:
         raise ConfigError(f"{folder} has the certificate of client '{whose.name}'; pass --name {whose.name}, or none")
@@ -180,30 +188,48 @@ def enroll(
     )
 
 
+def key(
+    name: Annotated[
+        str | None, typer.Option(envvar="SEQFED_NAME", help="Name within the federation [this host's name].")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(envvar="SEQFED_STATE", help="The client's state folder, as for `seqfed client`.")
+    ] = None,
+) -> None:
+    """Print this client's line in the other clients' peers.toml: its name and its masking key's public half.
+
+    The key is made at first, in the state folder. With its peers listed, a client believes no server about who they are.
+    """
+    import socket
+
+    from seqfed.client.enroll import in_use
+    from seqfed.client.masking import line, own_key
+    from seqfed.common.identity import CREDENTIALS, client_folder
+    from seqfed.common.wire import check_client_name
+
+    own_name = check_client_name(name or socket.gethostname())
+    folder = in_use(None, False, client_folder(state, own_name) / CREDENTIALS)
+    if folder is not None:
+        own_name = _name_in(folder, name)
+    print(line(own_name, own_key(client_folder(state, own_name)).public))
+
+
 def take_part(session: Session) -> None:
     """Run the session until SIGTERM or Ctrl-C, which let a batch of training end; a second signal ends the process at once."""
     import asyncio
     import logging
-    import os
-    import signal
 
     from seqfed.common import loop
 
     async def run() -> None:
         task = asyncio.current_task()
         assert task is not None
-        asked = False
 
         def stop() -> None:
-            nonlocal asked
-            if asked:
-                os._exit(130)
-            asked = True
             logging.getLogger("seqfed.client").info("stopping; a second signal stops at once")
             task.cancel()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop)
+        loop.on_first_signal(stop)
         try:
             await session.run()
         except asyncio.CancelledError:

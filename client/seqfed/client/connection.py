@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 import grpc
 
 import seqfed.client
 from seqfed.client.channel import ANSWER_S, raising
-from seqfed.common import views, wire
+from seqfed.common import views, wire, wire_masking
 from seqfed.common.errors import ConfigError, SeqfedError, VersionMismatch
+from seqfed.common.masking.messages import Reply, Request
 from seqfed.common.schema import DataSchema
 from seqfed.common.transfer import CHUNK_BYTES, Reassembly, split
 from seqfed.v1 import federation_pb2
@@ -112,6 +113,16 @@ class Connection:
         with raising(self._address):
             reply = await self._stub.SubmitUpdate(parts(), metadata=self._metadata)
         return reply.duplicate
+
+    async def mask(self, key: views.TaskKey, number: int, step: Request, names: Sequence[str] = ()) -> Reply:
+        """Take a step of a masked sum; the answer comes once everybody has. The same step may be sent again.
+
+        names: the roster's, as soon as there is one. Raises MaskingRefused for an answer that is none.
+        """
+        request = wire_masking.request_to_wire(key, number, step)
+        with raising(self._address):  # without a deadline: the server has one, and keepalive finds the dead
+            reply = await self._stub.Mask(request, metadata=self._metadata)
+        return wire_masking.reply_from_wire(reply, names)
 
     async def submit_evaluation(self, key: views.TaskKey, version: int, tally: dict[str, int]) -> bool:
         """Send the sums of an evaluation; True if the server had counted them already."""

@@ -29,7 +29,6 @@ _TABLES: Final = (
         run TEXT PRIMARY KEY, operator TEXT NOT NULL, signature BLOB NOT NULL,
         trained INTEGER NOT NULL DEFAULT 0, evaluated INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL DEFAULT 0
     )""",
-    "CREATE INDEX IF NOT EXISTS by_operator ON runs (operator)",
     "CREATE INDEX IF NOT EXISTS by_signature ON runs (signature)",
     """CREATE TABLE IF NOT EXISTS work (
         run TEXT NOT NULL, kind TEXT NOT NULL, round INTEGER NOT NULL, model BLOB NOT NULL,
@@ -39,9 +38,10 @@ _TABLES: Final = (
 
 
 class Account:
-    """What each operator's runs have had, in a file of the client's state folder; every change is on disk when it returns.
+    """What runs have had of this data holder, in a file of the client's state folder; every change is on disk when it returns.
 
-    Raises StorageFull or StorageError where that cannot be.
+    One account, whoever the runs' operators are: how much of it is whose is a detail. Raises StorageFull or StorageError where
+    it cannot be kept.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +65,7 @@ class Account:
             ).fetchone()
             more = known is None
             cost = task.model.nbytes * (2 if task.kind is TaskKind.TRAIN else 1)
-            spent = _spent(database, run, operator, task.kind)
+            spent = _spent(database, run, task.kind)
             rule(
                 Spent(
                     runs=spent.runs + (not begun),
@@ -86,18 +86,22 @@ class Account:
                 (more, cost, run),
             )
 
-    def operators(self) -> dict[str, Spent]:
-        """What each operator's runs have had in all, by its name, '' for those that nobody has signed; `rounds` is 0.
+    def total(self) -> Spent:
+        """What all runs together have had; `rounds` is 0. Of trainings and evaluations, `rounds_total` is the larger number."""
+        return self._sums("''").get("", Spent(0, 0, 0, 0))
 
-        Of trainings and evaluations, `rounds_total` is the larger number.
-        """
+    def operators(self) -> dict[str, Spent]:
+        """How much of `total` each operator's runs have had, by its name, '' for those that nobody has signed."""
+        return self._sums("operator")
+
+    def _sums(self, whose: str) -> dict[str, Spent]:
         if not self.path.exists():
             return {}
         with self._changing() as database:
             rows = database.execute(
-                "SELECT operator, count(*), max(sum(trained), sum(evaluated)), sum(bytes) FROM runs GROUP BY operator"
+                f"SELECT {whose} AS whose, count(*), max(sum(trained), sum(evaluated)), sum(bytes) FROM runs GROUP BY whose"  # noqa: S608 - a column or a constant
             ).fetchall()
-        return {operator: Spent(runs, 0, rounds, size) for operator, runs, rounds, size in rows}
+        return {name: Spent(runs, 0, rounds, size) for name, runs, rounds, size in rows}
 
     def close(self) -> None:
         if self._connection is not None:
@@ -150,12 +154,11 @@ def _require_same(database: sqlite3.Connection, run: str, operator: str, signatu
             )
 
 
-def _spent(database: sqlite3.Connection, run: str, operator: str, kind: TaskKind) -> Spent:
-    """Before the task: the operator's other runs and this one, if it has begun."""
+def _spent(database: sqlite3.Connection, run: str, kind: TaskKind) -> Spent:
+    """Before the task: all other runs and this one, if it has begun."""
     column = _column(kind)
     runs, rounds_total, bytes_total = database.execute(
-        f"SELECT count(*), coalesce(sum({column}), 0), coalesce(sum(bytes), 0) FROM runs WHERE operator = ?",  # noqa: S608 - one of two names
-        (operator,),
+        f"SELECT count(*), coalesce(sum({column}), 0), coalesce(sum(bytes), 0) FROM runs"  # noqa: S608 - one of two names
     ).fetchone()
     row = database.execute(f"SELECT {column} FROM runs WHERE run = ?", (run,)).fetchone()  # noqa: S608 - one of two names
     return Spent(runs, 0 if row is None else row[0], rounds_total, bytes_total)
@@ -193,7 +196,7 @@ class Consent:
     ) -> None:
         self.policy = Policy() if policy is None else policy
         self.custom = (*allow_custom, *self.policy.custom)
-        self._account = None if policy is None else Account(state)
+        self._account = Account(state)  # also without a policy: one that is made later counts what was had before
         self._ca = ca
         self._clock = clock
         self._last: tuple[bytes, bytes, bytes, str] | None = None  # what was verified last, and whose it is
@@ -207,10 +210,7 @@ class Consent:
                 raise PolicyRefused(f"round {task.key.round:,} is asked for of a run with {task.spec.rounds:,} rounds")
             check(policy, task.spec, task.model.nbytes, operator, spent)
 
-        if self._account is None:
-            rule(Spent())
-        else:
-            self._account.charge(task, operator or "", rule)
+        self._account.charge(task, operator or "", rule)
 
     def _operator(self, task: Task) -> str | None:
         """Whose run it is by its signature; None if nobody's is there, or none can be judged."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from seqfed.client import onnx_graph
 from seqfed.client.model_file import Model, read_model
 from seqfed.client.network import network_for
+from seqfed.client.scoring import own_units
 from seqfed.common.checkpoint import replacing
 from seqfed.common.errors import ConfigError
 from seqfed.common.spec import RunSpec
@@ -117,19 +118,19 @@ class Usable(nn.Module):
         self._steps_ahead = spec.task.horizon if spec.task.kind in {"forecast", "anomaly"} else 0
         self._of_numbers = spec.task.of_numbers
         data = spec.data
-        ahead = self._steps_ahead > 0
-        outputs = data.numbers if ahead else spec.outputs
-        self.mean = nn.Buffer(_row(data.mean, data.numbers, 0))
-        self.scale = nn.Buffer(_row(data.scale, data.numbers, 1))
-        self.out_mean = nn.Buffer(_row(data.mean if ahead else data.target_mean, outputs, 0))
-        self.out_scale = nn.Buffer(_row(data.scale if ahead else data.target_scale, outputs, 1))
+        self.mean = nn.Buffer(torch.tensor(data.mean or [0.0] * data.numbers))
+        self.scale = nn.Buffer(torch.tensor(data.scale or [1.0] * data.numbers))
+        if self._of_numbers:
+            mean, scale = own_units(spec)
+            self.out_mean = nn.Buffer(torch.from_numpy(mean).float())
+            self.out_scale = nn.Buffer(torch.from_numpy(scale).float())
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         """As `describe` says."""
         outputs: Tensor = self.network(x if self._tokens else self._normalised(x), lengths)
-        if self._steps_ahead:
-            outputs = outputs.reshape(-1, self._steps_ahead, self._numbers)
-        return outputs * self.out_scale + self.out_mean if self._of_numbers else outputs
+        if self._of_numbers:
+            outputs = outputs * self.out_scale + self.out_mean
+        return outputs.reshape(-1, self._steps_ahead, self._numbers) if self._steps_ahead else outputs
 
     def _normalised(self, x: Tensor) -> Tensor:
         raw = x[:, :, : self._numbers]
@@ -139,10 +140,6 @@ class Usable(nn.Module):
         if self._missing == "mask":
             parts.append((~raw.isnan()).to(x.dtype))
         return torch.cat([*parts, x[:, :, self._numbers :]], 2)
-
-
-def _row(values: tuple[float, ...] | None, count: int, otherwise: float) -> Tensor:
-    return torch.full((count,), otherwise) if values is None else torch.tensor(values, dtype=torch.float32)
 
 
 def _usable(model: Model, allow_custom: Collection[str]) -> Usable:
@@ -166,10 +163,16 @@ def example(spec: RunSpec, batch: int, steps: int, draw: np.random.Generator) ->
 def _torchscript(usable: Usable, spec: RunSpec, metadata: dict[str, str]) -> bytes:
     buffer = io.BytesIO()
     with _unwarned():
-        traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
-            usable, example(spec, 2, 3, np.random.default_rng(0)), check_trace=False
-        )
-        torch.jit.save(traced, buffer, _extra_files={"seqfed.json": json.dumps(metadata).encode()})
+        try:
+            traced: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
+                usable, example(spec, 2, 3, np.random.default_rng(0)), check_trace=False
+            )
+            torch.jit.save(traced, buffer, _extra_files={"seqfed.json": json.dumps(metadata).encode()})
+        except Exception as error:
+            raise ConfigError(
+                f"model.custom = '{spec.model.custom}' does not convert to TorchScript: {error}; "
+                "export it with --format safetensors"
+            ) from error
         _compare(usable, spec, lambda x, lengths: np.asarray(traced(x, lengths)))
     return buffer.getvalue()
 
@@ -221,8 +224,8 @@ def _compare(usable: Usable, spec: RunSpec, converted: Callable[[Tensor, Tensor]
     draw = np.random.default_rng(1)
     for batch, steps in SIZES:
         x, lengths = example(spec, batch, steps, draw)
-        wanted = usable(x, lengths).numpy()
         try:
+            wanted = usable(x, lengths).numpy()
             found = converted(x, lengths)
         except Exception as error:
             raise ConfigError(_unlike(spec, batch, steps, str(error).strip().splitlines()[-1])) from error

@@ -18,8 +18,8 @@ def require_allowed(name: str | None, allowed: Collection[str]) -> None:
     """Raise PolicyRefused if `name` is a custom model's and not among `allowed`."""
     if name is not None and name not in allowed:
         raise PolicyRefused(
-            f"custom: the run's model.custom is '{name}', which this client does not allow; "
-            "if you trust that code, add it to allow_custom in client.toml"
+            f"custom: the run's model.custom is '{name}', which is not allowed here; if you trust that code, pass "
+            f"--allow-custom {name}"
         )
 
 

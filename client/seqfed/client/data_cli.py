@@ -56,6 +56,7 @@ def check(
     from seqfed.common.config import load_toml
     from seqfed.common.schema import misfit
     from seqfed.common.spec import RunSpec
+    from seqfed.common.statistics import applied, statistics_of
 
     settings, source = _opened(data, files)
     found = describe(source, settings)
@@ -72,6 +73,8 @@ def check(
         from seqfed.common.errors import SchemaMismatch
 
         raise SchemaMismatch(f"{found.source} {why}")
+    if spec.data.normalise == "federated":  # by this file's own mean and scale: the others' files are not here
+        spec = applied(spec, statistics_of(source.measure(spec), spec))
     seen = source.prepare(spec)
     if as_json:
         typer.echo(json.dumps({**asdict(found), "task": spec.task.kind, "run": _seen(spec, seen)}))
@@ -89,6 +92,12 @@ def schema(
     missing: Annotated[
         str | None, typer.Option(help="refuse, mask, forward or mean [mask if any number is missing].")
     ] = None,
+    normalise: Annotated[
+        str,
+        typer.Option(
+            help="given: by this file's mean and scale; federated: by those of all clients' files, which the run finds."
+        ),
+    ] = "given",
     grid: Grid = None,
     unit: Unit = "characters",
     tokens: Annotated[int | None, typer.Option(min=1, help="Texts: size of the vocabulary at most.")] = None,
@@ -98,7 +107,7 @@ def schema(
     """Write the [data] and [task] tables of a run from a file, for run.toml.
 
     The means, scales, categories and tokens in them are this file's, and everybody in the run will see them. Publish them
-    only if they may be; otherwise write the table by hand.
+    only if they may be; otherwise write the table by hand. With --normalise federated there are no columns' means and scales.
     """
     import tomli_w
 
@@ -106,7 +115,16 @@ def schema(
 
     settings, source = _opened(data, files)
     tables = tables_of(
-        source, settings, task, steps=steps, missing=missing, grid=grid, unit=unit, tokens=tokens, least=least
+        source,
+        settings,
+        task,
+        steps=steps,
+        missing=missing,
+        normalise=normalise,
+        grid=grid,
+        unit=unit,
+        tokens=tokens,
+        least=least,
     )
     text = tomli_w.dumps(tables)
     if out is None:

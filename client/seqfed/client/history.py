@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from seqfed.common.checkpoint import replacing
 from seqfed.common.errors import ConfigError, storage_error
 from seqfed.common.metrics import metric_names
 from seqfed.common.views import RoundRecord, RunView
@@ -58,11 +59,9 @@ def as_json(view: RunView) -> str:
 
 
 def save(path: Path, text: str) -> None:
-    """Write it; raises StorageError or StorageFull."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise storage_error(error, "writing the metrics") from error
+    """Write it, whole or not at all; raises StorageError or StorageFull."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def require_plots(path: Path) -> None:

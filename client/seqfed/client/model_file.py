@@ -27,7 +27,8 @@ class Model:
 def read_model(path: Path) -> Model:
     """The model in a safetensors file that was exported from a run.
 
-    Raises CheckpointError for a file that carries no specification, another one than its digest says, or other tensors.
+    Raises CheckpointError for a file that carries no specification, another one than its digest says, one without the
+    mean and scale that the run was to find, or other tensors.
     """
     try:
         metadata = checkpoint.read_metadata(path)
@@ -47,6 +48,11 @@ def read_model(path: Path) -> Model:
         raise CheckpointError(
             f"{error}; this version of seqfed does not read the file's run specification, use the one that wrote it"
         ) from error
+    if spec.data.normalise == "federated":
+        raise CheckpointError(
+            f"{path}: was written before the run had found the mean and scale of its columns (data.normalise = 'federated'), "
+            "so its numbers mean nothing yet; export the run once a round has ended"
+        )
     if metadata.get("layout_digest") != layout.digest.hex():
         raise CheckpointError(f"{path}: its tensors are not those of its run specification; export the run again")
     return Model(spec, checkpoint.load(path, layout), metadata)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from seqfed.client.scoring import own_units
 from seqfed.common.errors import CheckpointError, ConfigError
 from seqfed.common.layout import Parameters
 from seqfed.common.spec import RunSpec
@@ -213,17 +214,16 @@ def _pooled(graph: _Graph, spec: RunSpec, weights: Mapping[str, NDArray[np.float
 
 def _outputs(graph: _Graph, spec: RunSpec, weights: Mapping[str, NDArray[np.float32]], pooled: str) -> str:
     """The name of the graph's result: "logits", or "values" in the data's own units."""
-    data, outputs = spec.data, _linear(graph, weights, "head", pooled)
+    outputs = _linear(graph, weights, "head", pooled)
     if not spec.task.of_numbers:
         return graph.add("Identity", outputs, out="logits")
-    mean, scale = data.target_mean, data.target_scale
+    mean, scale = own_units(spec)
+    if (scale != 1).any():
+        outputs = graph.add("Mul", outputs, graph.constant("output_scale", scale.astype(np.float32)))
+    if mean.any():
+        outputs = graph.add("Add", outputs, graph.constant("output_mean", mean.astype(np.float32)))
     if spec.task.kind != "regression":
-        outputs = graph.add("Reshape", outputs, graph.ints(0, spec.task.horizon, data.numbers))
-        mean, scale = data.mean, data.scale
-    if scale is not None:
-        outputs = graph.add("Mul", outputs, graph.constant("output_scale", np.array(scale, np.float32)))
-    if mean is not None:
-        outputs = graph.add("Add", outputs, graph.constant("output_mean", np.array(mean, np.float32)))
+        outputs = graph.add("Reshape", outputs, graph.ints(0, spec.task.horizon, spec.data.numbers))
     return graph.add("Identity", outputs, out="values")
 
 

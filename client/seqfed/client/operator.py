@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from seqfed.client.using import Format
+
 if TYPE_CHECKING:
     from seqfed.client.admin import Operator
     from seqfed.common.spec import RunSpec
@@ -36,13 +38,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 RunName = Annotated[str, typer.Argument(help="Its id, the beginning of it, or its name.", metavar="RUN")]
 
 LOCAL = "127.0.0.1:7733"
-
-
-class Format(StrEnum):
-    """How `seqfed metrics` writes its rows."""
-
-    CSV = "csv"
-    JSON = "json"
 
 
 def _on_server(server: str, insecure: bool, credentials: Path | None, call: Callable[[Operator], Awaitable[T]]) -> T:

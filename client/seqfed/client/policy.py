@@ -17,6 +17,7 @@ from seqfed.common.errors import PolicyRefused
 from seqfed.common.spec import Count, Name, RunSpec, Settings
 
 Total = Annotated[int, Field(ge=0, le=1 << 62)]
+Positive = Annotated[float, Field(gt=0)]
 Names = Annotated[tuple[Name, ...], Field(strict=False)]
 
 
@@ -47,24 +48,30 @@ class Policy(Settings):
     max_steps: Count | None = Field(default=None, description="batches a round, of runs that count in batches")
     max_rounds: Count | None = Field(default=None, description="of one run")
     max_model_bytes: Total | None = Field(default=None, description="of one model, four a parameter")
-    min_cohort: Count | None = Field(default=None, description="smallest number of clients behind a new model")
+    min_cohort: Count | None = Field(
+        default=None, description="smallest number of clients behind a new model, or in a masked sum"
+    )
     secure_aggregation: bool = Field(default=False, description="only runs whose server sees no single update")
-    # All runs of one operator together, for ever: the account is kept in the client's state folder.
-    max_runs: Total | None = Field(default=None, description="runs of one operator")
+    max_clip: Positive | None = Field(default=None, description="L2 norm to which this client clips its update")
+    min_noise: Positive | None = Field(default=None, description="noise multiplier, in units of the clip")
+    # All runs together, of whomever, for ever: the account is kept in the client's state folder.
+    max_runs: Total | None = Field(default=None, description="runs")
     max_rounds_total: Total | None = Field(
-        default=None, description="rounds of all its runs; trainings and evaluations are counted apart"
+        default=None, description="rounds; trainings and evaluations are counted apart"
     )
     max_bytes_total: Total | None = Field(
-        default=None, description="of all models fetched and updates sent for its runs, as they are before compression"
+        default=None, description="of all models fetched and updates sent, as they are before compression"
+    )
+    max_epsilon: Positive | None = Field(
+        default=None, description="differential privacy's epsilon of all that was sent"
     )
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What a run and its operator have had of this client, the task in question included.
+    """What a run, and all runs together, have had of this client, the task in question included.
 
-    rounds: different models that the run has had trained, or for an evaluation scored; rounds_total: the same of all runs of
-    the operator.
+    rounds: different models that the run has had trained, or for an evaluation scored; rounds_total: the same of all runs.
     """
 
     runs: int = 1
@@ -90,23 +97,22 @@ def refusals(policy: Policy, spec: RunSpec, model_bytes: int, operator: str | No
     limits: tuple[tuple[str, str, int, int | None], ...] = (
         ("max_rounds", "rounds in this run", max(spec.rounds, spent.rounds), policy.max_rounds),
         ("max_model_bytes", "bytes of a model", model_bytes, policy.max_model_bytes),
-        ("max_runs", "runs of this operator", spent.runs, policy.max_runs),
-        ("max_rounds_total", "rounds for this operator, in all its runs", spent.rounds_total, policy.max_rounds_total),
-        ("max_bytes_total", "bytes for this operator, in all its runs", spent.bytes_total, policy.max_bytes_total),
+        ("max_runs", "runs", spent.runs, policy.max_runs),
+        ("max_rounds_total", "rounds in all runs together", spent.rounds_total, policy.max_rounds_total),
+        ("max_bytes_total", "bytes in all runs together", spent.bytes_total, policy.max_bytes_total),
     )
     for rule, what, value, limit in limits:
         if limit is not None and value > limit:
             yield f"{rule}: {value:,} {what}, and the limit is {limit:,}"
-    if policy.min_cohort is not None and spec.smallest_sum < policy.min_cohort:
+    secure = spec.privacy.secure_aggregation
+    smallest = spec.privacy.min_survivors if secure else spec.smallest_sum
+    if policy.min_cohort is not None and smallest < policy.min_cohort:
+        what = "privacy.min_survivors" if secure else "cohort.min_clients and quorum"
         yield (
-            f"min_cohort: as few as {spec.smallest_sum:,} clients can be behind a model of this run, "
-            f"and the limit is {policy.min_cohort:,}; raise cohort.min_clients and quorum"
+            f"min_cohort: as few as {smallest:,} clients can be behind a model of this run, "
+            f"and the limit is {policy.min_cohort:,}; raise {what}"
         )
-    if policy.secure_aggregation:
-        yield (
-            "secure_aggregation: required, and this version of seqfed has none: "
-            "its server sees every single update, so every run is refused"
-        )
+    yield from _privacy(policy, promised(spec))
 
 
 def _whose(policy: Policy, spec: RunSpec, operator: str | None) -> Iterator[str]:
@@ -138,6 +144,40 @@ def _work(policy: Policy, spec: RunSpec) -> Iterator[str]:
             yield f"max_epochs: the run counts in batches ({steps:,} steps a round), for which max_steps sets no limit"
     elif steps > policy.max_steps:
         yield f"max_steps: {steps:,} batches a round, and the limit is {policy.max_steps:,}"
+
+
+@dataclass(frozen=True)
+class Promised:
+    """What a run does for its data holders' privacy; None: nothing. epsilon: of the whole run."""
+
+    secure: bool = False
+    clip: float | None = None
+    noise: float | None = None
+    epsilon: float | None = None
+
+
+def promised(spec: RunSpec) -> Promised:
+    """What the run's operator has signed of this. Of noise, and so of an epsilon, runs of this version have none."""
+    secure = spec.privacy.secure_aggregation
+    return Promised(secure=secure, clip=spec.privacy.clip if secure else None)
+
+
+def _privacy(policy: Policy, run: Promised) -> Iterator[str]:
+    if policy.secure_aggregation and not run.secure:
+        yield (
+            "secure_aggregation: required, and the server sees every single update of this run; "
+            "set privacy.secure_aggregation = true in it"
+        )
+    if policy.max_clip is not None and (run.clip is None or run.clip > policy.max_clip):
+        yield f"max_clip: {_own('clip', run.clip)}, and the limit is {policy.max_clip:g}"
+    if policy.min_noise is not None and (run.noise is None or run.noise < policy.min_noise):
+        yield f"min_noise: {_own('noise', run.noise)}, and the least is {policy.min_noise:g}"
+    if policy.max_epsilon is not None and (run.epsilon is None or run.epsilon > policy.max_epsilon):
+        yield f"max_epsilon: {_own('epsilon', run.epsilon)}, and the limit is {policy.max_epsilon:g}"
+
+
+def _own(what: str, value: float | None) -> str:
+    return f"the run has no {what}" if value is None else f"the run's {what} is {value:g}"
 
 
 def _list(names: tuple[str, ...]) -> str:

@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from seqfed.client.consent import Account
+    from seqfed.client.policy import Spent
 
 policy = typer.Typer(help="Try a data holder's policy.toml on a run; see what runs have had.", no_args_is_help=True)
 
@@ -32,7 +33,7 @@ def check(
 ) -> None:
     """Say what of a run would be refused, and by which rule; status 1 if anything would be. Nothing is sent or written.
 
-    With --state or --name what the operator's runs have had before counts too.
+    With --state or --name what runs have had before counts too.
     """
     import json
 
@@ -49,7 +50,7 @@ def check(
         size = 0
     before = Spent(0, 0, 0, 0)
     if state is not None or name is not None:
-        before = _account(state, name).operators().get(operator or "", before)
+        before = _account(state, name).total()
     first = Spent(before.runs + 1, 1, before.rounds_total + 1, before.bytes_total + 2 * size)
     found = list(refusals(known, spec, size, operator, first))
     if as_json:
@@ -64,26 +65,28 @@ def check(
 
 @policy.command()
 def spent(name: Name = None, state: State = None, as_json: Json = False) -> None:
-    """List what the runs of each operator have had of this client, since it has had a policy."""
+    """List what runs have had of this client: all together, which a policy limits, and those of each operator."""
     import json
 
     from rich import print as rich_print
     from rich.table import Table
 
-    found = _account(state, name).operators()
+    account = _account(state, name)
+    total, found = account.total(), account.operators()
     if as_json:
-        rows = {
-            operator: {"runs": one.runs, "rounds": one.rounds_total, "bytes": one.bytes_total}
-            for operator, one in sorted(found.items())
-        }
-        typer.echo(json.dumps(rows))
+        each = {operator: _figures(one) for operator, one in sorted(found.items())}
+        typer.echo(json.dumps({**_figures(total), "operators": each}))
     elif not found:
         typer.echo("no run has had anything yet")
     else:
         table = Table("operator", "runs", "rounds", "bytes")
-        for operator, one in sorted(found.items()):
-            table.add_row(operator or "(not signed)", f"{one.runs:,}", f"{one.rounds_total:,}", f"{one.bytes_total:,}")
+        for operator, one in (*sorted(found.items()), ("all together", total)):
+            table.add_row(operator or "(not signed)", *(f"{figure:,}" for figure in _figures(one).values()))
         rich_print(table)
+
+
+def _figures(one: Spent) -> dict[str, int]:
+    return {"runs": one.runs, "rounds": one.rounds_total, "bytes": one.bytes_total}
 
 
 def _account(state: Path | None, name: str | None) -> Account:

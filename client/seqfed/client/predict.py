@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqfed.client.data import Batch, ClientData
-from seqfed.client.scoring import anomaly_scores
+from seqfed.client.scoring import anomaly_scores, own_units
 from seqfed.common.checkpoint import replacing
 from seqfed.common.metrics import MOST_EXP, add
 from seqfed.common.spec import RunSpec
@@ -118,7 +118,8 @@ class Predictor:
             case "anomaly":
                 yield from ([None if np.isnan(one) else _short(one)] for one in anomaly_scores(outputs, batch.y))
             case _:
-                yield from (list(map(_short, row)) for row in own_units(spec, outputs))
+                mean, scale = own_units(spec)
+                yield from (list(map(_short, row)) for row in outputs * scale + mean)
 
     def _says_next(self, outputs: NDArray[np.float32], tokens: NDArray[Any]) -> list[Any]:
         shares = _softmax(outputs)
@@ -129,21 +130,6 @@ class Predictor:
         assert self.spec.data.vocabulary is not None
         token = self.spec.data.vocabulary[likeliest - 1] if likeliest else None  # 0: a token that it does not know
         return [token, _short(shares[-1, likeliest]), _short(np.exp(min(loss, MOST_EXP)))]
-
-
-def own_units(spec: RunSpec, outputs: NDArray[np.float32]) -> Reals:
-    """Outputs (B, K) of a regression or forecast, normalised as they are, in the data's own units."""
-    data = spec.data
-    if spec.task.kind == "regression":
-        mean, scale, times = data.target_mean, data.target_scale, 1
-    else:
-        mean, scale, times = data.mean, data.scale, spec.task.horizon
-    values = outputs.astype(np.float64)
-    if scale is not None:
-        values *= np.tile(scale, times)
-    if mean is not None:
-        values += np.tile(mean, times)
-    return values
 
 
 def evaluate(network: Network, data: ClientData, spec: RunSpec, told: Told = lambda count: None) -> dict[str, int]:

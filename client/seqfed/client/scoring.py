@@ -111,7 +111,7 @@ def _numbers(
             losses = np.where(absolute < DELTA, absolute**2 / 2, DELTA * (absolute - DELTA / 2))
         case _:
             losses = absolute**2
-    own = absolute * _scale(spec)  # in the data's own units
+    own = absolute * own_units(spec)[1]
     tally = {
         "examples": int(counted.sum()),
         **_sum("loss", _mean_where(there, losses)[counted]),
@@ -133,11 +133,14 @@ def anomaly_scores(outputs: NDArray[np.float32], y: NDArray[np.float32] | Intege
     return np.where(there.any(axis=1), _mean_where(there, errors**2), np.nan)
 
 
-def _scale(spec: RunSpec) -> Reals:
-    """What one normalised unit of each output is in the data's own units."""
-    if spec.task.kind == "regression":
-        return np.asarray(spec.data.target_scale or [1.0], np.float64)
-    return np.tile(np.asarray(spec.data.scale or [1.0] * spec.data.numbers, np.float64), spec.task.horizon)
+def own_units(spec: RunSpec) -> tuple[Reals, Reals]:
+    """(mean, scale), each float64 (spec.outputs,): outputs * scale + mean is in the data's own units."""
+    data, times = spec.data, 1
+    mean, scale = data.target_mean, data.target_scale
+    if spec.task.kind != "regression":
+        mean, scale, times = data.mean, data.scale, spec.task.horizon
+    each = spec.outputs // times
+    return np.tile(np.array(mean or [0.0] * each), times), np.tile(np.array(scale or [1.0] * each), times)
 
 
 # Of classes -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,11 @@ where it broke.
 Which task counts. One is in hand, others may wait. A training puts an end to whatever is in hand and empties the queue: the
 federation has gone on. An evaluation waits for its turn behind a training in hand, because that training may still be wanted
 (its update may count late); if it is not, the server says so, by CANCEL or by refusing its progress. A CANCEL ends its own
-task wherever that is. The same task again, perhaps for another attempt, is the one in hand.
+task wherever that is. The same task again, perhaps for another attempt, is the one in hand; if it brings the number of a new
+masked sum, the one under way is given up for it.
+
+In a run with secure aggregation the server is told how far a task is in per cent, and nothing of its loss. What a training has
+made is kept for another attempt at its round, unless a sum that it was in may have been opened: then it is made anew.
 """
 
 from __future__ import annotations
@@ -16,13 +20,14 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import grpc
 import numpy as np
 
+from seqfed.client import secure
 from seqfed.client.channel import connected
 from seqfed.client.connection import Connection
 from seqfed.client.enroll import Renewal
@@ -35,6 +40,8 @@ from seqfed.common.errors import (
     InsecureRefused,
     InvalidName,
     LeaseLost,
+    MaskingFailed,
+    MaskingRefused,
     NoModel,
     Overloaded,
     RateLimited,
@@ -56,9 +63,14 @@ from seqfed.common.logs import about
 from seqfed.common.transfer import Pace, Reassembly
 from seqfed.common.views import Progress, Stage, TaskKind
 
+if TYPE_CHECKING:
+    from seqfed.client.masking import Masking
+    from seqfed.common.masking.messages import Reply, Request
+
 log = logging.getLogger("seqfed.client")
 
 T = TypeVar("T")
+G = TypeVar("G", bound="secure.Given")
 Dial = Callable[
     [str, bool], contextlib.AbstractAsyncContextManager[grpc.aio.Channel]
 ]  # (HOST:PORT, whether insecure is allowed)
@@ -73,7 +85,8 @@ HOPELESS = (ConfigError, InsecureRefused, InvalidName, VersionMismatch)  # tryin
 BROKEN = (ServerUnavailable, BrokenTransfer)  # what a transfer ends with if the link does not carry it
 # Trying again may. Also where our certificate is refused: the server may be mended, or this client enrolled anew.
 PASSING = (*BROKEN, UnknownSession, Unauthenticated, Overloaded, RateLimited, LeaseLost, StorageFull, StorageError)
-OUTDATED = (WrongRound, RunEnded, NoModel, UnknownRun, DuplicateUpdate)  # the federation has gone on without this work
+# The federation has gone on without this work; where a masked sum did not come about, to another try at it.
+OUTDATED = (WrongRound, RunEnded, NoModel, UnknownRun, DuplicateUpdate, MaskingFailed)
 UNHURRIED: Final = (Stage.FETCHING, Stage.SENDING)  # told even if nothing moved: what they wait for is elsewhere
 READING_S: Final = 600.0  # so long may the data be read without a sign of it
 
@@ -95,6 +108,15 @@ class Backoff:
 
 
 @dataclass(eq=False)
+class _Turn:
+    """The masked sum that a task is for; `over` is done once it is for another."""
+
+    key: views.TaskKey
+    masking: views.MaskingTerms | None
+    over: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+@dataclass(eq=False)
 class _Hand:
     """The task in hand. `key` is of the newest attempt that it serves; `dropped` is done once it is not wanted any more."""
 
@@ -103,6 +125,16 @@ class _Hand:
     progress: Progress = field(default_factory=lambda: Progress(Stage.READING))
     reads_until: float = 0.0  # clock reading until which it may read its data without any progress
     dropped: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def __post_init__(self) -> None:
+        self.turn = _Turn(self.key, self.task.masking)
+
+    def serve(self, task: views.Task) -> None:
+        """The same task came again, perhaps for another attempt."""
+        self.key = task.key
+        if task.masking != self.turn.masking:
+            self.turn.over.set_result(None)
+            self.turn = _Turn(task.key, task.masking)
 
     def drop(self) -> None:
         if not self.dropped.done():
@@ -136,9 +168,11 @@ class Session:
         renewal: Renewal | None = None,
         rng: random.Random | None = None,
         consent: Callable[[views.Task], None] | None = None,
+        masking: Masking | None = None,
     ) -> None:
         self._workshop = workshop
         self._consent = consent
+        self._masking = masking
         self._servers = servers
         self._instance = instance
         self._insecure = insecure
@@ -153,6 +187,7 @@ class Session:
         self._offered = asyncio.Event()  # set while a task waits
         self._pace = Pace()
         self._model: tuple[bytes, Flat] | None = None  # the newest model fetched, by its BLAKE3 digest
+        self._trained: tuple[tuple[str, int, bytes], LocalUpdate] | None = None  # the last, by (run, round, model)
         self._log = about(log, client=workshop.client)
 
     async def run(self) -> None:
@@ -270,7 +305,7 @@ class Session:
                 hand.drop()
             self._waiting = [one for one in self._waiting if not _same(one, task)]
         elif hand is not None and not hand.dropped.done() and hand.task.kind is task.kind and _same(hand.task, task):
-            hand.key = task.key
+            hand.serve(task)
         elif task.kind is TaskKind.TRAIN:
             if hand is not None:
                 hand.drop()
@@ -312,21 +347,33 @@ class Session:
                 beat.cancel()
 
     async def _do(self, hand: _Hand) -> None:
-        task = hand.task
+        task, masking = hand.task, self._masking_for(hand.task)
         if self._consent is not None:
             await asyncio.to_thread(self._consent, task)
         hand.reads_until = asyncio.get_running_loop().time() + READING_S
-        await asyncio.to_thread(self._workshop.check, task)  # the first of a run reads the data
-        hand.reads_until = 0.0
-        flat = await self._fetch(hand)
-        if task.kind is TaskKind.EVALUATE:
+        if task.kind is TaskKind.MEASURE:
+            tally = await asyncio.to_thread(self._workshop.measure, task)
+            hand.reads_until = 0.0
+        else:
+            await asyncio.to_thread(self._workshop.check, task)  # the first of a run reads the data
+            hand.reads_until = 0.0
+            flat = await self._fetch(hand)
+            if task.kind is TaskKind.TRAIN:
+                await self._train(hand, flat, masking)
+                return
             tally = await asyncio.to_thread(self._workshop.evaluate, task, flat, hand.tell_wanted)
+        if masking is None:
             await self._persist(hand, lambda server: server.submit_evaluation(hand.key, task.model.version, tally))
-            return
-        update = await asyncio.to_thread(self._workshop.train, task, flat, hand.dropped.done, hand.tell)
-        if update is None:
-            raise _Overtaken
-        await self._submit(hand, update)
+        else:
+            await self._mask(hand, masking, lambda _: _made(tally))
+
+    async def _train(self, hand: _Hand, flat: Flat, masking: Masking | None) -> None:
+        task = hand.task
+        if masking is None:
+            update = await self._update(hand, flat)
+            await self._submit(hand, update)
+        else:
+            update = await self._mask(hand, masking, lambda number: self._update(hand, flat, masking, number))
         about(self._log, run=task.key.run, round=task.key.round).info(
             "of %d rounds of '%s': trained on %d examples in %.2f s",
             task.spec.rounds,
@@ -372,34 +419,112 @@ class Session:
         hand.tell(Progress(Stage.READING))  # until the first batch: the network is built, torch perhaps loaded
         return flat
 
+    async def _update(self, hand: _Hand, flat: Flat, masking: Masking | None = None, number: int = 0) -> LocalUpdate:
+        """What the training makes; for a masked sum, of this number, what it has made before unless that may have been opened."""
+        task = hand.task
+        of = (task.key.run, task.key.round, task.model.digest)
+        opened = () if masking is None else await asyncio.to_thread(masking.log.opened, task.key)
+        if masking is not None and self._trained is not None:
+            before, update = self._trained
+            if before == of and update.digest not in opened:
+                return update
+        self._trained = None  # its memory is used again
+        anew = (number,) if opened else ()
+        made = await asyncio.to_thread(self._workshop.train, task, flat, hand.dropped.done, hand.tell, *anew)
+        if made is None:
+            raise _Overtaken
+        self._trained = (of, made)
+        return made
+
     async def _submit(self, hand: _Hand, update: LocalUpdate) -> None:
         delta = update.delta.astype("<f4", copy=False).data.cast("B")
-        first = True
 
-        def sent(size: int) -> None:
-            hand.tell(Progress(Stage.SENDING, size, len(delta)))
-
-        async def send(server: Connection) -> None:
-            nonlocal first
-            offset, complete = (0, False) if first else await server.upload_status(hand.key, update.digest)
-            first = False
-            if complete:
-                return
-            header = views.UpdateHeader(
+        def header() -> views.UpdateHeader:
+            return views.UpdateHeader(
                 key=hand.key,
                 weight=update.weight,
                 layout_digest=hand.task.model.layout_digest,
                 nbytes=len(delta),
                 digest=update.digest,
-                offset=offset,
+                offset=0,
                 tally=update.tally,
                 training_seconds=update.training_seconds,
             )
+
+        await self._send(hand, header, delta)
+
+    async def _send(
+        self, hand: _Hand, header: Callable[[], views.UpdateHeader], data: memoryview, turn: _Turn | None = None
+    ) -> None:
+        """Send an update, or a masked vector; `header` is asked anew at each try."""
+        first = True
+
+        def sent(size: int) -> None:
+            hand.tell(Progress(Stage.SENDING, size, len(data)))
+
+        async def send(server: Connection) -> None:
+            nonlocal first
+            what = header()
+            offset, complete = (0, False) if first else await server.upload_status(what.key, what.digest)
+            first = False
+            if complete:
+                return
             with self._paced():
-                await server.submit_update(header, delta, self._pace.size, sent)
+                await server.submit_update(replace(what, offset=offset), data, self._pace.size, sent)
 
         sent(0)
-        await self._persist(hand, send)
+        await self._persist(hand, send, turn)
+
+    # Masked sums --------------------------------------------------------------------------------------------------
+
+    def _masking_for(self, task: views.Task) -> Masking | None:
+        """What masks this task's answer; None if that goes to the server as it is. Raises MaskingRefused."""
+        if not task.spec.privacy.secure_aggregation:
+            return None
+        if self._masking is None:
+            raise MaskingRefused("this client has no masking key, which a run with secure aggregation needs")
+        self._masking.require(task.spec)
+        return self._masking
+
+    async def _mask(self, hand: _Hand, masking: Masking, make: Callable[[int], Awaitable[G]]) -> G:
+        """Be in the masked sum that the task is for, with what `make` makes for its number; if the server gives it up for
+        another one, in that.
+        """
+        while True:
+            turn = hand.turn
+            number = 0 if turn.masking is None else turn.masking.number
+            given = await make(number)
+            try:
+                await self._be_in(hand, masking, turn, number, given)
+            except (_Overtaken, *OUTDATED):
+                if hand.dropped.done() or not turn.over.done():
+                    raise
+            else:
+                if not turn.over.done():
+                    return given
+
+    async def _be_in(self, hand: _Hand, masking: Masking, turn: _Turn, number: int, given: secure.Given) -> None:
+        key = turn.key
+
+        async def ask(step: Request, names: Sequence[str]) -> Reply:
+            return await self._persist(hand, lambda server: server.mask(key, number, step, names), turn)
+
+        async def send(packed: bytes, digest: bytes) -> None:
+            header = views.UpdateHeader(
+                key=key,
+                weight=0,
+                layout_digest=hand.task.model.layout_digest,
+                nbytes=len(packed),
+                digest=digest,
+                offset=0,
+                tally={},
+                training_seconds=given.training_seconds if isinstance(given, LocalUpdate) else 0.0,
+                masked_number=number,
+            )
+            await self._send(hand, lambda: header, memoryview(packed), turn)
+
+        hand.tell(Progress(Stage.SENDING))
+        await secure.take_part(masking, replace(hand.task, key=key, masking=turn.masking), given, ask, send)
 
     @contextlib.contextmanager
     def _paced(self) -> Iterator[None]:
@@ -411,10 +536,11 @@ class Session:
             raise
         self._pace.whole()
 
-    async def _persist(self, hand: _Hand, call: Callable[[Connection], Awaitable[T]]) -> T:
+    async def _persist(self, hand: _Hand, call: Callable[[Connection], Awaitable[T]], turn: _Turn | None = None) -> T:
         """Make this call, again after every passing failure, on whatever connection there then is.
 
-        Raises _Overtaken, with the call broken off, as soon as the task is not wanted any more.
+        Raises _Overtaken, with the call broken off, as soon as the task is not wanted any more, or the masked sum is over for
+        which it is.
         """
 
         async def persisting() -> T:
@@ -429,11 +555,12 @@ class Session:
                     )
                     await asyncio.sleep(wait)
 
-        if hand.dropped.done():
+        ends = (hand.dropped,) if turn is None else (hand.dropped, turn.over)
+        if any(end.done() for end in ends):
             raise _Overtaken
         done = asyncio.ensure_future(persisting())
         try:
-            await asyncio.wait((done, hand.dropped), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((done, *ends), return_when=asyncio.FIRST_COMPLETED)
             if not done.done():
                 raise _Overtaken
             return done.result()
@@ -447,6 +574,7 @@ class Session:
     async def _beat(self, hand: _Hand) -> None:
         """Tell the server every BEAT_S how far the task is, as long as it goes on; what it does not want is dropped."""
         told: tuple[Connection, Progress] | None = None
+        secret = hand.task.spec.privacy.secure_aggregation
         while True:
             await asyncio.sleep(BEAT_S)
             connection, progress = self._connection, hand.progress
@@ -454,7 +582,7 @@ class Session:
             if connection is None or (told == (connection, progress) and not unhurried):
                 continue
             try:
-                await connection.report_progress(hand.key, progress)
+                await connection.report_progress(hand.key, _coarse(progress) if secret else progress)
                 told = (connection, progress)
             except OUTDATED as error:
                 about(self._log, run=hand.key.run, round=hand.key.round).info("%s", error)
@@ -473,6 +601,16 @@ class Session:
 def _same(one: views.Task, other: views.Task) -> bool:
     """Whether two tasks are of the same round, in whichever attempt."""
     return (one.key.run, one.key.round) == (other.key.run, other.key.round)
+
+
+def _coarse(progress: Progress) -> Progress:
+    """In per cent: neither how many data there are, nor how well they are learnt."""
+    done, total = (100 * progress.done // progress.total, 100) if progress.total else (0, 0)
+    return Progress(progress.stage, done, total)
+
+
+async def _made(given: G) -> G:
+    return given
 
 
 class _Overtaken(Exception):

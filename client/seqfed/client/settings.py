@@ -185,7 +185,7 @@ class DataSettings(Settings):
             raise ValueError(f"columns must name the inputs, and not the label '{min(both)}'")
         if self.text is not None and self.text in self.label:
             raise ValueError(f"text must name the input, and not the label '{self.text}'")
-        of_npz = [one for one in (*self.file, *(self.validation or ())) if one.endswith(".npz")]
+        of_npz = [one for one in (*self.file, *(self.validation or ()), self.label_file or "") if one.endswith(".npz")]
         if of_npz and self.of_tables:
             raise ValueError(
                 f"{of_npz[0]} has arrays; label, columns, group and the like are for CSV and Parquet files"
@@ -221,6 +221,12 @@ class ClientSettings(Settings):
         strict=False,
         default=None,
         description="policy.toml: which runs this client takes part in, and how much they get in all; left out: any",
+    )
+    peers: Path | None = Field(
+        strict=False,
+        default=None,
+        description="peers.toml: the masking key of every client (seqfed client key), for runs with secure aggregation; left "
+        "out: those that have certificates of the same federation",
     )
     insecure: bool = Field(default=False, description="allow plaintext off the loopback interface")
     log_json: bool = Field(default=False, description="log a JSON object a line instead of text")

@@ -28,7 +28,7 @@ AllowCustom = Annotated[
 
 
 class Format(StrEnum):
-    """How `seqfed predict` writes its rows."""
+    """How `seqfed predict` and `seqfed metrics` write their rows."""
 
     CSV = "csv"
     JSON = "json"
@@ -99,6 +99,7 @@ def _prepared(
 ) -> tuple[RunSpec, Network, ClientData]:
     """The run's specification, its network with the file's numbers, and all sequences of the data, none held out."""
     from seqfed.client.data import open_source
+    from seqfed.client.data.numbers import reach
     from seqfed.client.model_file import read_model
     from seqfed.common.errors import DataError, SchemaMismatch
     from seqfed.common.schema import misfit
@@ -111,8 +112,10 @@ def _prepared(
     if why is not None:
         raise SchemaMismatch(f"{named} {why}; is it a file like those that the run was trained on?")
     spec = model.spec
-    if settings.stride is not None and spec.data.stride is not None:  # how often to look changes nothing in the model
-        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"stride": settings.stride})})
+    steps, _, _ = reach(spec.data, settings)
+    if settings.stride is not None and steps is not None:  # how often to look changes nothing in the model
+        cut = {"steps": steps, "stride": settings.stride}
+        spec = spec.model_copy(update={"data": spec.data.model_copy(update=cut)})
     sequences = source.prepare(spec)
     if sequences.refused is not None:
         typer.echo(f"seqfed: {sequences.refused}", err=True)

@@ -12,12 +12,14 @@ from blake3 import blake3
 
 from seqfed.client import custom
 from seqfed.client.data import ClientData, Source
+from seqfed.common.config import validate_json
 from seqfed.common.errors import LayoutMismatch, SchemaMismatch
 from seqfed.common.layout import Flat, Layout, Parameters
 from seqfed.common.model import layout_of
 from seqfed.common.schema import misfit
 from seqfed.common.seeds import generator
 from seqfed.common.spec import RunSpec
+from seqfed.common.statistics import Statistics, applied
 from seqfed.common.views import Progress, Task
 
 if TYPE_CHECKING:
@@ -60,19 +62,17 @@ class Workshop:
         version of the software, PolicyRefused if it would run code that is not allowed. The first call for a run reads and
         cuts the data, the others find that done.
         """
-        if self._checked is None or self._checked[0] is not task.spec:
-            custom.require_allowed(task.spec.model.custom, self._allow_custom)
-            why = misfit(task.spec.data, self.source.schema)
-            if why is not None:
-                raise SchemaMismatch(f"client '{self.client}' {why}")
-            data = self._checked[2] if self._checked is not None and _alike(self._checked[0], task.spec) else None
+        spec = self._spec(task)
+        if self._checked is None or self._checked[0] is not spec:
+            self._require_fitting(spec)
+            data = self._checked[2] if self._checked is not None and _alike(self._checked[0], spec) else None
             if data is None:
-                data = self.source.prepare(task.spec)
+                data = self.source.prepare(spec)
                 if len(data.training) == 0:
                     raise SchemaMismatch(f"client '{self.client}' has no sequence to train on that fits the run")
                 if data.refused is not None:
-                    log.warning("run %s: %s", task.spec.name, data.refused)
-            self._checked = (task.spec, layout_of(task.spec), data)
+                    log.warning("run %s: %s", spec.name, data.refused)
+            self._checked = (spec, layout_of(spec), data)
         layout = self._checked[1]
         if layout.digest != task.model.layout_digest or layout.nbytes != task.model.nbytes:
             raise LayoutMismatch(
@@ -80,24 +80,43 @@ class Workshop:
             )
         return self._checked[2]
 
+    def _spec(self, task: Task) -> RunSpec:
+        """The run's, with what it has measured of the data in its place: the same object for all of a run's tasks."""
+        if task.spec.data.normalise == "given":
+            return task.spec
+        return applied(task.spec, validate_json(Statistics, task.statistics, "the run's statistics"))
+
+    def _require_fitting(self, spec: RunSpec) -> None:
+        custom.require_allowed(spec.model.custom, self._allow_custom)
+        why = misfit(spec.data, self.source.schema)
+        if why is not None:
+            raise SchemaMismatch(f"client '{self.client}' {why}")
+
+    def measure(self, task: Task) -> dict[str, int]:
+        """This client's part in the run's statistics, exact sums of its training data. Raises SchemaMismatch, DataError."""
+        self._require_fitting(task.spec)
+        return self.source.measure(task.spec)
+
     def train(
         self,
         task: Task,
         flat: Flat,
         cancelled: Callable[[], bool],
         progress: Callable[[Progress], None] = lambda _: None,
+        anew: int = 0,
     ) -> LocalUpdate | None:
         """Train from the global model `flat`; None if `cancelled()` became true. Raises what `check` does, TrainingFailed.
 
-        progress: told now and then, in the calling thread, how far it is.
+        progress: told now and then, in the calling thread, how far it is. anew: not 0 draws other batches than before.
         """
         from seqfed.client import training
 
         data = self.check(task).training
         network = self._prepared(task, flat)
-        draw = generator(task.spec.seed, task.key.round, self.client, "batches")
+        spec = self._spec(task)
+        draw = generator(spec.seed, task.key.round, self.client, "batches", *((anew,) if anew else ()))
         try:
-            trained = training.train(network, data, task.spec, task.key.round, draw, cancelled, progress)
+            trained = training.train(network, data, spec, task.key.round, draw, cancelled, progress)
         except training.Cancelled:
             return None
         if self._delta is None or self._delta.shape != flat.shape:
@@ -112,14 +131,15 @@ class Workshop:
         from seqfed.client import training
 
         data = self.check(task).validation
-        return training.evaluate(self._prepared(task, flat), data, task.spec, progress)
+        return training.evaluate(self._prepared(task, flat), data, self._spec(task), progress)
 
     def _prepared(self, task: Task, flat: Flat) -> Network:
         from seqfed.client.network import network_for, use_threads
 
         use_threads(self._threads)
-        if self._network is None or self._network[0] is not task.spec:
-            self._network = (task.spec, network_for(task.spec, device=self._device, allow_custom=self._allow_custom))
+        spec = self._spec(task)
+        if self._network is None or self._network[0] is not spec:
+            self._network = (spec, network_for(spec, device=self._device, allow_custom=self._allow_custom))
         network = self._network[1]
         network.load(Parameters(network.layout, np.asarray(flat)))
         return network

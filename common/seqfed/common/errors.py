@@ -102,6 +102,14 @@ class AuditBroken(SeqfedError):
     """The audit log's chain does not hold: an entry was changed, removed or put in."""
 
 
+class MaskingRefused(SeqfedError):
+    """A party of a masked sum refuses a step: what came does not keep to the protocol, or to this party's own rules."""
+
+
+class MaskingFailed(SeqfedError):
+    """A masked sum did not come about: too few clients stayed to its end, or what they sent does not open it."""
+
+
 class UnknownRun(SeqfedError):
     """No run, or more than one, answers to this name."""
 

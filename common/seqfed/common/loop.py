@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-from collections.abc import Coroutine
-from typing import Any
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
@@ -18,6 +22,34 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         asyncio.run(main)
     else:
         uvloop.run(main)
+
+
+async def whole(work: Coroutine[Any, Any, T]) -> T:
+    """The work's result; a cancellation waits for its end: a thread, or what it is to be followed by, is not left half way."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    finally:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # of which, after a cancellation, nobody is left to be told
+
+
+def on_first_signal(stop: Callable[[], None]) -> None:
+    """Have the running loop call `stop` at the first SIGTERM or SIGINT; a second one ends the process at once, with 130.
+
+    The second is the interpreter's own business: between two parts of a loop's life, one of the loop's would be lost.
+    """
+    running, numbers = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+
+    def first() -> None:
+        for number in numbers:
+            running.remove_signal_handler(number)
+            signal.signal(number, lambda *_: os._exit(130))
+        stop()
+
+    for number in numbers:
+        running.add_signal_handler(number, first)
 
 
 def _share_memory() -> None:

@@ -1,6 +1,7 @@
 """An operator's signature of a run's specification, with which it goes to every client: what the server may not change.
 
-ECDSA over P-256 and SHA-256, of a prefix that no other signature of the project has and the canonical JSON. Of the two
+ECDSA over P-256 and SHA-256, of a prefix that no other signature of the project has and the specification's JSON text, which
+is kept and sent to the byte: written anew by a later version it could be another. Of the two
 values of s that are as good as each other only the smaller counts, so that nobody but the signer can make a second signature
 of the first, and clients can tell a run from a copy of it. `cryptography` is loaded at the first call that needs it.
 """
@@ -51,7 +52,6 @@ def verify(certificate_pem: bytes, ca_pem: bytes, data: bytes, signature: bytes,
         key.verify(signature, PREFIX + data, ec.ECDSA(hashes.SHA256()))
     except (ValueError, InvalidSignature):
         raise Unauthenticated(
-            f"the signature of {identity} is not of this specification: somebody changed it, "
-            "or the operator runs another version of seqfed"
+            f"the signature of {identity} is not of this specification: somebody changed one of the two; submit the run again"
         ) from None
     return identity

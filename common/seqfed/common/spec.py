@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from functools import cached_property
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,6 +35,11 @@ class DataSpec(Settings):
         default="refuse",
         description="a missing number: refuse its row; 0 and one more number a column that is 1 where it was there; "
         "the entity's last one before it; the mean",
+    )
+    normalise: Literal["given", "federated"] = Field(
+        default="given",
+        description="by mean and scale as they stand here; or by those of all clients' training data together, which a step "
+        "before the first round finds",
     )
     mean: tuple[float, ...] | None = Field(strict=False, default=None, description="subtracted, one a column")
     scale: tuple[float, ...] | None = Field(strict=False, default=None, description="divided by, one a column")
@@ -92,8 +97,7 @@ class DataSpec(Settings):
                 raise ValueError(f"data.{name} has {len(values)} numbers where {count} are due")
         if any(one <= 0 for one in (*(self.scale or ()), *(self.target_scale or ()))):
             raise ValueError("data.scale and data.target_scale must be above 0")
-        if self.missing == "mean" and self.mean is None:
-            raise ValueError("data.missing = 'mean' needs data.mean, one number a column (`seqfed data schema FILE`)")
+        self._check_normalised()
         if self.stride is not None and self.steps is None:
             raise ValueError("data.stride needs data.steps: windows of how many steps?")
         if self.labels is not None and self.classes not in {None, len(self.labels)}:
@@ -101,6 +105,15 @@ class DataSpec(Settings):
         if self.vocabulary is not None and self.unit == "characters" and any(len(one) != 1 for one in self.vocabulary):
             raise ValueError("data.vocabulary has tokens of several characters; set unit = 'words'")
         return self
+
+    def _check_normalised(self) -> None:
+        if self.normalise == "federated" and (self.mean is not None or self.scale is not None or not self.numbers):
+            raise ValueError(
+                "data.normalise = 'federated' finds mean and scale of number columns by itself; drop data.mean and scale, "
+                "or normalise"
+            )
+        if self.missing == "mean" and self.mean is None and self.normalise == "given":
+            raise ValueError("data.missing = 'mean' needs data.mean, one number a column (`seqfed data schema FILE`)")
 
     @property
     def numbers(self) -> int:
@@ -374,8 +387,44 @@ class ConvergenceSpec(Settings):
     min_delta: float = Field(default=0.0, ge=0, description="a change that counts as improvement")
 
 
+class PrivacySpec(Settings):
+    """What keeps the server from learning more of a client than it must (see `seqfed.common.masking`)."""
+
+    secure_aggregation: bool = Field(
+        default=False, description="the server learns the sums over a round's clients, and nothing of any one of them"
+    )
+    mode: Literal["malicious", "semi_honest"] = Field(
+        default="malicious",
+        description="against a server that lies (two thirds of the clients must stay to the end), or one that only looks (half)",
+    )
+    min_survivors: int = Field(default=3, ge=2, le=100_000, description="smallest number of clients in a sum")
+    b: Literal[8, 12, 16, 20, 24, 32] = Field(default=16, description="bits a parameter in an upload")
+    clip: float = Field(
+        default=10.0, gt=0, le=1e6, description="L2 norm of an update above which the client scales it down to that"
+    )
+    drop: float = Field(
+        default=0.05,
+        ge=0,
+        lt=0.5,
+        description="share of clients that may leave in the course of one sum, for large cohorts",
+    )
+    step_s: float = Field(default=60.0, gt=0, le=86_400, description="seconds that a client may take for one step")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.secure_aggregation and self != PrivacySpec.model_construct():
+            raise ValueError(
+                "privacy.mode, min_survivors, b, clip, drop and step_s are of secure_aggregation = true; set it"
+            )
+        return self
+
+
 class RunSpec(Settings):
-    """One training job. Its canonical JSON is what travels, and its digest stands in every model file."""
+    """One training job. Its canonical JSON is what travels, and its digest stands in every model file.
+
+    One that was read from JSON keeps that text to the byte as its canonical one: it is what its operator has signed, and a
+    version of seqfed that knows more keys would write another.
+    """
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="1 to 64 of A-Z a-z 0-9 . _ -")
     seed: int = Field(default=0, ge=0, lt=1 << 63)
@@ -389,9 +438,12 @@ class RunSpec(Settings):
     aggregation: AggregationSpec = AggregationSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     convergence: ConvergenceSpec | None = None
+    privacy: PrivacySpec = PrivacySpec()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.privacy.secure_aggregation:
+            self._check_secure()
         if self.convergence is not None and self.evaluation.every == 0:
             raise ValueError("convergence needs evaluations; set evaluation.every to 1 or more")
         self._check_task()
@@ -413,6 +465,30 @@ class RunSpec(Settings):
             )
         if cohort.quorum is not None and cohort.quorum > wanted.buffer:
             raise ValueError(f"cohort.quorum ({cohort.quorum}) is more than asynchronous.buffer ({wanted.buffer})")
+
+    def _check_secure(self) -> None:
+        """Raise ValueError where a setting needs what secure aggregation hides."""
+        single = "secure aggregation shows the server no single update"
+        if self.asynchronous is not None:
+            raise ValueError(
+                f"[asynchronous]: {single}, and a sum needs its clients at the same time; drop one of the two"
+            )
+        if self.cohort.late == "fold":
+            raise ValueError(f"cohort.late = 'fold': {single}, so none can be added later; use late = 'drop'")
+        if self.aggregation.max_norm is not None:
+            raise ValueError(
+                f"aggregation.max_norm: {single}, so it can check no norm; privacy.clip bounds it at the client"
+            )
+        if self.aggregation.weighting == "examples" and self.aggregation.max_weight is None:
+            raise ValueError(
+                "secure aggregation needs to know the largest weight beforehand: set aggregation.max_weight (examples that "
+                "one client counts for at most), or aggregation.weighting = 'uniform'"
+            )
+        if self.privacy.min_survivors > self.smallest_sum:
+            raise ValueError(
+                f"privacy.min_survivors ({self.privacy.min_survivors}) is more than a round may have "
+                f"({self.smallest_sum}); raise cohort.min_clients and quorum, or lower it"
+            )
 
     @property
     def smallest_sum(self) -> int:
@@ -464,9 +540,16 @@ class RunSpec(Settings):
             case _:
                 return self.task.horizon * self.data.numbers
 
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """The specification of this text, which it keeps; raises pydantic's ValidationError."""
+        found = super().model_validate_json(json_data, **options)
+        vars(found)["canonical"] = json_data.encode() if isinstance(json_data, str) else bytes(json_data)
+        return found
+
     @cached_property
     def canonical(self) -> bytes:
-        """The one JSON text of this specification."""
+        """The one JSON text of this specification: the one that it was read from, or as this version writes it."""
         return self.model_dump_json().encode()
 
     @property

@@ -19,6 +19,7 @@ class TaskKind(Enum):
     TRAIN = "train"
     EVALUATE = "evaluate"
     CANCEL = "cancel"
+    MEASURE = "measure"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,20 @@ class ModelVersion:
 
 
 @dataclass(frozen=True)
+class MaskingTerms:
+    """What the server chooses of a masked sum: its number in the run, and how many clients can be in it."""
+
+    number: int
+    n_max: int
+
+
+@dataclass(frozen=True)
 class Task:
-    """One piece of work for one client. `signature`: of the specification by the holder of `certificate` (PEM), if any."""
+    """One piece of work for one client. `signature`: of the specification by the holder of `certificate` (PEM), if any.
+
+    masking: in a run with secure aggregation. statistics: JSON, once the run has measured its data, see
+    `seqfed.common.statistics`.
+    """
 
     kind: TaskKind
     key: TaskKey
@@ -51,6 +64,8 @@ class Task:
     model: ModelVersion
     signature: bytes = b""
     certificate: bytes = b""
+    masking: MaskingTerms | None = None
+    statistics: bytes = b""
 
 
 class Stage(Enum):
@@ -76,7 +91,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class UpdateHeader:
-    """What a client says of its update before it sends the bytes; units as in federation.proto."""
+    """What a client says of its update before it sends the bytes; units as in federation.proto.
+
+    masked_number: of the masked sum that the bytes are for; 0: they are a delta.
+    """
 
     key: TaskKey
     weight: int
@@ -86,6 +104,7 @@ class UpdateHeader:
     offset: int
     tally: Mapping[str, int]
     training_seconds: float
+    masked_number: int = 0
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ _KINDS: Final = {
     views.TaskKind.TRAIN: federation_pb2.TASK_KIND_TRAIN,
     views.TaskKind.EVALUATE: federation_pb2.TASK_KIND_EVALUATE,
     views.TaskKind.CANCEL: federation_pb2.TASK_KIND_CANCEL,
+    views.TaskKind.MEASURE: federation_pb2.TASK_KIND_MEASURE,
 }
 _KINDS_BACK: Final = {number: kind for kind, number in _KINDS.items()}
 _STAGES: Final = {
@@ -84,6 +85,9 @@ def task_to_wire(task: views.Task, known: RunSpec | None = None) -> federation_p
         data=task.model.data,
     )
     spec = b"" if task.spec is known else task.spec.canonical
+    masking = None
+    if task.masking is not None:
+        masking = federation_pb2.MaskingTerms(number=task.masking.number, n_max=task.masking.n_max)
     return federation_pb2.Task(
         kind=_KINDS[task.kind],
         key=key_to_wire(task.key),
@@ -91,6 +95,8 @@ def task_to_wire(task: views.Task, known: RunSpec | None = None) -> federation_p
         model=model,
         signature=task.signature,
         certificate=task.certificate,
+        masking=masking,
+        statistics=task.statistics,
     )
 
 
@@ -110,6 +116,9 @@ def task_from_wire(message: federation_pb2.Task, known: RunSpec | None = None) -
             f"this version of seqfed knows no task of kind {message.kind}; install the server's version"
         )
     model = message.model
+    masking = None
+    if message.HasField("masking"):
+        masking = views.MaskingTerms(message.masking.number, message.masking.n_max)
     return views.Task(
         _KINDS_BACK[message.kind],
         key_from_wire(message.key),
@@ -117,6 +126,8 @@ def task_from_wire(message: federation_pb2.Task, known: RunSpec | None = None) -
         views.ModelVersion(model.version, model.bytes, model.digest, model.layout_digest, model.data),
         message.signature,
         message.certificate,
+        masking,
+        message.statistics,
     )
 
 
@@ -171,6 +182,7 @@ def header_to_wire(header: views.UpdateHeader) -> federation_pb2.UpdateHeader:
         offset=header.offset,
         tally=header.tally,
         training_seconds=header.training_seconds,
+        masked_number=header.masked_number,
     )
 
 
@@ -184,6 +196,7 @@ def header_from_wire(message: federation_pb2.UpdateHeader) -> views.UpdateHeader
         offset=message.offset,
         tally=dict(message.tally),
         training_seconds=message.training_seconds,
+        masked_number=message.masked_number,
     )
 
 

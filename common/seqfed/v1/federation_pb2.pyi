@@ -37,6 +37,8 @@ class _TaskKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskKind.Val
     """fetch the model, score it on the validation data, submit the sums"""
     TASK_KIND_CANCEL: _TaskKind.ValueType  # 3
     """the run no longer wants this client's work; drop it"""
+    TASK_KIND_MEASURE: _TaskKind.ValueType  # 4
+    """sum up the training data's columns, submit the sums (data.normalise = "federated")"""
 
 class TaskKind(_TaskKind, metaclass=_TaskKindEnumTypeWrapper): ...
 
@@ -47,6 +49,8 @@ TASK_KIND_EVALUATE: TaskKind.ValueType  # 2
 """fetch the model, score it on the validation data, submit the sums"""
 TASK_KIND_CANCEL: TaskKind.ValueType  # 3
 """the run no longer wants this client's work; drop it"""
+TASK_KIND_MEASURE: TaskKind.ValueType  # 4
+"""sum up the training data's columns, submit the sums (data.normalise = "federated")"""
 Global___TaskKind: _TypeAlias = TaskKind  # noqa: Y015
 
 class _Stage:
@@ -269,6 +273,8 @@ class Task(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     CERTIFICATE_FIELD_NUMBER: _builtins.int
+    MASKING_FIELD_NUMBER: _builtins.int
+    STATISTICS_FIELD_NUMBER: _builtins.int
     kind: Global___TaskKind.ValueType
     spec: _builtins.bytes
     """canonical JSON of the RunSpec; empty: that of the task before on this stream"""
@@ -276,11 +282,17 @@ class Task(_message.Message):
     """of the RunSpec's canonical JSON by its operator (ECDSA, SHA-256, DER); sent with the spec"""
     certificate: _builtins.bytes
     """the operator's, PEM; empty: the run was submitted without one"""
+    statistics: _builtins.bytes
+    """JSON of seqfed.common.statistics.Statistics, once the run has measured its data"""
     @_builtins.property
     def key(self) -> Global___TaskKey: ...
     @_builtins.property
     def model(self) -> Global___ModelVersion:
         """what to start from"""
+
+    @_builtins.property
+    def masking(self) -> Global___MaskingTerms:
+        """in a run with secure aggregation"""
 
     def __init__(
         self,
@@ -291,14 +303,42 @@ class Task(_message.Message):
         model: Global___ModelVersion | None = ...,
         signature: _builtins.bytes = ...,
         certificate: _builtins.bytes = ...,
+        masking: Global___MaskingTerms | None = ...,
+        statistics: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "masking", b"masking", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "key", b"key", "kind", b"kind", "model", b"model", "signature", b"signature", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "key", b"key", "kind", b"kind", "masking", b"masking", "model", b"model", "signature", b"signature", "spec", b"spec", "statistics", b"statistics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Task: _TypeAlias = Task  # noqa: Y015
+
+@_typing.final
+class MaskingTerms(_message.Message):
+    """What the server chooses of a masked sum; all else follows from the RunSpec and the model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    N_MAX_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """of this masked sum in its run, from 1, never used again"""
+    n_max: _builtins.int
+    """clients that can be in it"""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        n_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["n_max", b"n_max", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaskingTerms: _TypeAlias = MaskingTerms  # noqa: Y015
 
 @_typing.final
 class ModelVersion(_message.Message):
@@ -422,6 +462,7 @@ class UpdateHeader(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     TALLY_FIELD_NUMBER: _builtins.int
     TRAINING_SECONDS_FIELD_NUMBER: _builtins.int
+    MASKED_NUMBER_FIELD_NUMBER: _builtins.int
     weight: _builtins.int
     """training examples behind the update, 1 to 2^40"""
     layout_digest: _builtins.bytes
@@ -433,6 +474,8 @@ class UpdateHeader(_message.Message):
     """of the first chunk that follows; a multiple of 4, at most what the server holds"""
     training_seconds: _builtins.float
     """wall time of the local training loop alone"""
+    masked_number: _builtins.int
+    """a masked vector, of this number, instead of a delta: `bytes` of packed integers; weight and"""
     @_builtins.property
     def key(self) -> Global___TaskKey: ...
     @_builtins.property
@@ -450,10 +493,11 @@ class UpdateHeader(_message.Message):
         offset: _builtins.int = ...,
         tally: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         training_seconds: _builtins.float = ...,
+        masked_number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "digest", b"digest", "key", b"key", "layout_digest", b"layout_digest", "offset", b"offset", "tally", b"tally", "training_seconds", b"training_seconds", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "digest", b"digest", "key", b"key", "layout_digest", b"layout_digest", "masked_number", b"masked_number", "offset", b"offset", "tally", b"tally", "training_seconds", b"training_seconds", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -551,6 +595,452 @@ class SubmitUpdateReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SubmitUpdateReply: _TypeAlias = SubmitUpdateReply  # noqa: Y015
+
+@_typing.final
+class MaskAdvert(_message.Message):
+    """A client's keys for one masked sum. All keys are 32 bytes, signatures 64 (Ed25519)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: _builtins.int
+    ENCRYPTION_KEY_FIELD_NUMBER: _builtins.int
+    MASK_KEY_FIELD_NUMBER: _builtins.int
+    IDENTITY_KEY_FIELD_NUMBER: _builtins.int
+    BINDING_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    client: _builtins.str
+    encryption_key: _builtins.bytes
+    """X25519"""
+    mask_key: _builtins.bytes
+    """X25519"""
+    identity_key: _builtins.bytes
+    """Ed25519, the client's own for all its runs"""
+    binding: _builtins.bytes
+    """of identity_key by the client's certificate (ECDSA, SHA-256, DER); empty without one"""
+    certificate: _builtins.bytes
+    """PEM; empty without one"""
+    signature: _builtins.bytes
+    """of the keys and the terms, by identity_key"""
+    def __init__(
+        self,
+        *,
+        client: _builtins.str = ...,
+        encryption_key: _builtins.bytes = ...,
+        mask_key: _builtins.bytes = ...,
+        identity_key: _builtins.bytes = ...,
+        binding: _builtins.bytes = ...,
+        certificate: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["binding", b"binding", "certificate", b"certificate", "client", b"client", "encryption_key", b"encryption_key", "identity_key", b"identity_key", "mask_key", b"mask_key", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaskAdvert: _TypeAlias = MaskAdvert  # noqa: Y015
+
+@_typing.final
+class MaskRoster(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADVERTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adverts(self) -> _containers.RepeatedCompositeFieldContainer[Global___MaskAdvert]:
+        """in ascending order of client"""
+
+    def __init__(
+        self,
+        *,
+        adverts: _abc.Iterable[Global___MaskAdvert] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adverts", b"adverts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaskRoster: _TypeAlias = MaskRoster  # noqa: Y015
+
+@_typing.final
+class MaskShares(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SealedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class CommitmentsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SEALED_FIELD_NUMBER: _builtins.int
+    SELF_COMMITMENT_FIELD_NUMBER: _builtins.int
+    COMMITMENTS_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    self_commitment: _builtins.bytes
+    """to the seed of the client's own mask"""
+    signature: _builtins.bytes
+    @_builtins.property
+    def sealed(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
+        """by receiver: the two shares, encrypted for it"""
+
+    @_builtins.property
+    def commitments(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
+        """by receiver: 64 bytes, to its share of either secret"""
+
+    def __init__(
+        self,
+        *,
+        sealed: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
+        self_commitment: _builtins.bytes = ...,
+        commitments: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commitments", b"commitments", "sealed", b"sealed", "self_commitment", b"self_commitment", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaskShares: _TypeAlias = MaskShares  # noqa: Y015
+
+@_typing.final
+class MaskDelivery(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SealedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    members: _builtins.bytes
+    """bitmap over the roster, lowest bit first: who has shared"""
+    @_builtins.property
+    def sealed(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
+        """by sender"""
+
+    def __init__(
+        self,
+        *,
+        members: _builtins.bytes = ...,
+        sealed: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members", "sealed", b"sealed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaskDelivery: _TypeAlias = MaskDelivery  # noqa: Y015
+
+@_typing.final
+class MaskInput(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCALARS_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    scalars: _builtins.bytes
+    """masked integers mod 2^64, little-endian"""
+    digest: _builtins.bytes
+    """BLAKE3 of the vector sent by SubmitUpdate; empty where the sum has none"""
+    signature: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        scalars: _builtins.bytes = ...,
+        digest: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "scalars", b"scalars", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaskInput: _TypeAlias = MaskInput  # noqa: Y015
+
+@_typing.final
+class MaskSurvivors(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    members: _builtins.bytes
+    """bitmap over the roster: whose input is in the sum"""
+    def __init__(
+        self,
+        *,
+        members: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaskSurvivors: _TypeAlias = MaskSurvivors  # noqa: Y015
+
+@_typing.final
+class MaskConfirm(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    signature: _builtins.bytes
+    """of the roster, who has shared and who survives"""
+    def __init__(
+        self,
+        *,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaskConfirm: _TypeAlias = MaskConfirm  # noqa: Y015
+
+@_typing.final
+class MaskConfirmed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SignaturesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SIGNATURES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def signatures(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        signatures: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signatures", b"signatures"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaskConfirmed: _TypeAlias = MaskConfirmed  # noqa: Y015
+
+@_typing.final
+class MaskOpening(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SharesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bytes
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SHARES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shares(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
+        """by owner: a byte 1 (of its own mask's seed) or 2 (of its mask key), the salt, the share"""
+
+    def __init__(
+        self,
+        *,
+        shares: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shares", b"shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaskOpening: _TypeAlias = MaskOpening  # noqa: Y015
+
+@_typing.final
+class MaskDone(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaskDone: _TypeAlias = MaskDone  # noqa: Y015
+
+@_typing.final
+class MaskRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    ADVERT_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    MASKED_FIELD_NUMBER: _builtins.int
+    CONFIRM_FIELD_NUMBER: _builtins.int
+    OPENING_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """see MaskingTerms"""
+    @_builtins.property
+    def key(self) -> Global___TaskKey: ...
+    @_builtins.property
+    def advert(self) -> Global___MaskAdvert:
+        """answered by roster"""
+
+    @_builtins.property
+    def shares(self) -> Global___MaskShares:
+        """answered by delivery"""
+
+    @_builtins.property
+    def masked(self) -> Global___MaskInput:
+        """answered by survivors"""
+
+    @_builtins.property
+    def confirm(self) -> Global___MaskConfirm:
+        """answered by confirmed"""
+
+    @_builtins.property
+    def opening(self) -> Global___MaskOpening:
+        """answered by done"""
+
+    def __init__(
+        self,
+        *,
+        key: Global___TaskKey | None = ...,
+        number: _builtins.int = ...,
+        advert: Global___MaskAdvert | None = ...,
+        shares: Global___MaskShares | None = ...,
+        masked: Global___MaskInput | None = ...,
+        confirm: Global___MaskConfirm | None = ...,
+        opening: Global___MaskOpening | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["advert", b"advert", "confirm", b"confirm", "key", b"key", "masked", b"masked", "opening", b"opening", "shares", b"shares", "step", b"step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advert", b"advert", "confirm", b"confirm", "key", b"key", "masked", b"masked", "number", b"number", "opening", b"opening", "shares", b"shares", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["advert", "shares", "masked", "confirm", "opening"]  # noqa: Y015
+    _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
+
+Global___MaskRequest: _TypeAlias = MaskRequest  # noqa: Y015
+
+@_typing.final
+class MaskReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROSTER_FIELD_NUMBER: _builtins.int
+    DELIVERY_FIELD_NUMBER: _builtins.int
+    SURVIVORS_FIELD_NUMBER: _builtins.int
+    CONFIRMED_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def roster(self) -> Global___MaskRoster: ...
+    @_builtins.property
+    def delivery(self) -> Global___MaskDelivery: ...
+    @_builtins.property
+    def survivors(self) -> Global___MaskSurvivors: ...
+    @_builtins.property
+    def confirmed(self) -> Global___MaskConfirmed: ...
+    @_builtins.property
+    def done(self) -> Global___MaskDone: ...
+    def __init__(
+        self,
+        *,
+        roster: Global___MaskRoster | None = ...,
+        delivery: Global___MaskDelivery | None = ...,
+        survivors: Global___MaskSurvivors | None = ...,
+        confirmed: Global___MaskConfirmed | None = ...,
+        done: Global___MaskDone | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["confirmed", b"confirmed", "delivery", b"delivery", "done", b"done", "roster", b"roster", "step", b"step", "survivors", b"survivors"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirmed", b"confirmed", "delivery", b"delivery", "done", b"done", "roster", b"roster", "step", b"step", "survivors", b"survivors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["roster", "delivery", "survivors", "confirmed", "done"]  # noqa: Y015
+    _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
+
+Global___MaskReply: _TypeAlias = MaskReply  # noqa: Y015
 
 @_typing.final
 class SubmitEvaluationRequest(_message.Message):

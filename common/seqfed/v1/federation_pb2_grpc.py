@@ -59,6 +59,11 @@ class FederationStub:
                 request_serializer=seqfed_dot_v1_dot_federation__pb2.SubmitUpdateRequest.SerializeToString,
                 response_deserializer=seqfed_dot_v1_dot_federation__pb2.SubmitUpdateReply.FromString,
                 _registered_method=True)
+        self.Mask = channel.unary_unary(
+                '/seqfed.v1.Federation/Mask',
+                request_serializer=seqfed_dot_v1_dot_federation__pb2.MaskRequest.SerializeToString,
+                response_deserializer=seqfed_dot_v1_dot_federation__pb2.MaskReply.FromString,
+                _registered_method=True)
         self.SubmitEvaluation = channel.unary_unary(
                 '/seqfed.v1.Federation/SubmitEvaluation',
                 request_serializer=seqfed_dot_v1_dot_federation__pb2.SubmitEvaluationRequest.SerializeToString,
@@ -119,8 +124,17 @@ class FederationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Mask(self, request, context):
+        """One step of secure aggregation (seqfed.common.masking). The answer comes when the step is over for everybody; asked
+        again with the same content, the answer is the same. The vector itself, if there is one, is sent by SubmitUpdate before
+        the step `masked`, which makes it count.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SubmitEvaluation(self, request, context):
-        """The exact sums of an evaluation task.
+        """The exact sums of an evaluation or a measuring task, in a run without secure aggregation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -174,6 +188,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.SubmitUpdate,
                     request_deserializer=seqfed_dot_v1_dot_federation__pb2.SubmitUpdateRequest.FromString,
                     response_serializer=seqfed_dot_v1_dot_federation__pb2.SubmitUpdateReply.SerializeToString,
+            ),
+            'Mask': grpc.unary_unary_rpc_method_handler(
+                    servicer.Mask,
+                    request_deserializer=seqfed_dot_v1_dot_federation__pb2.MaskRequest.FromString,
+                    response_serializer=seqfed_dot_v1_dot_federation__pb2.MaskReply.SerializeToString,
             ),
             'SubmitEvaluation': grpc.unary_unary_rpc_method_handler(
                     servicer.SubmitEvaluation,
@@ -331,6 +350,33 @@ class Federation:
             '/seqfed.v1.Federation/SubmitUpdate',
             seqfed_dot_v1_dot_federation__pb2.SubmitUpdateRequest.SerializeToString,
             seqfed_dot_v1_dot_federation__pb2.SubmitUpdateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Mask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/seqfed.v1.Federation/Mask',
+            seqfed_dot_v1_dot_federation__pb2.MaskRequest.SerializeToString,
+            seqfed_dot_v1_dot_federation__pb2.MaskReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,8 +46,13 @@ class FederationStub:
     """How much of an update the server already holds, so that a broken upload goes on where it stopped."""
     SubmitUpdate: _grpc.StreamUnaryMultiCallable[_federation_pb2.SubmitUpdateRequest, _federation_pb2.SubmitUpdateReply]
     """One update: a header first, then chunks in order from the header's offset. The reply comes after it is durable."""
+    Mask: _grpc.UnaryUnaryMultiCallable[_federation_pb2.MaskRequest, _federation_pb2.MaskReply]
+    """One step of secure aggregation (seqfed.common.masking). The answer comes when the step is over for everybody; asked
+    again with the same content, the answer is the same. The vector itself, if there is one, is sent by SubmitUpdate before
+    the step `masked`, which makes it count.
+    """
     SubmitEvaluation: _grpc.UnaryUnaryMultiCallable[_federation_pb2.SubmitEvaluationRequest, _federation_pb2.SubmitEvaluationReply]
-    """The exact sums of an evaluation task."""
+    """The exact sums of an evaluation or a measuring task, in a run without secure aggregation."""
     ReportProgress: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ReportProgressRequest, _federation_pb2.ReportProgressReply]
     """How far the task in hand is; also the sign that its work goes on. Refused once the task is no longer wanted."""
     ReportFailure: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ReportFailureRequest, _federation_pb2.ReportFailureReply]
@@ -68,8 +73,13 @@ class FederationAsyncStub(FederationStub):
     """How much of an update the server already holds, so that a broken upload goes on where it stopped."""
     SubmitUpdate: _aio.StreamUnaryMultiCallable[_federation_pb2.SubmitUpdateRequest, _federation_pb2.SubmitUpdateReply]  # type: ignore[assignment]
     """One update: a header first, then chunks in order from the header's offset. The reply comes after it is durable."""
+    Mask: _aio.UnaryUnaryMultiCallable[_federation_pb2.MaskRequest, _federation_pb2.MaskReply]  # type: ignore[assignment]
+    """One step of secure aggregation (seqfed.common.masking). The answer comes when the step is over for everybody; asked
+    again with the same content, the answer is the same. The vector itself, if there is one, is sent by SubmitUpdate before
+    the step `masked`, which makes it count.
+    """
     SubmitEvaluation: _aio.UnaryUnaryMultiCallable[_federation_pb2.SubmitEvaluationRequest, _federation_pb2.SubmitEvaluationReply]  # type: ignore[assignment]
-    """The exact sums of an evaluation task."""
+    """The exact sums of an evaluation or a measuring task, in a run without secure aggregation."""
     ReportProgress: _aio.UnaryUnaryMultiCallable[_federation_pb2.ReportProgressRequest, _federation_pb2.ReportProgressReply]  # type: ignore[assignment]
     """How far the task in hand is; also the sign that its work goes on. Refused once the task is no longer wanted."""
     ReportFailure: _aio.UnaryUnaryMultiCallable[_federation_pb2.ReportFailureRequest, _federation_pb2.ReportFailureReply]  # type: ignore[assignment]
@@ -119,12 +129,23 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         """One update: a header first, then chunks in order from the header's offset. The reply comes after it is durable."""
 
     @_abc_1.abstractmethod
+    def Mask(
+        self,
+        request: _federation_pb2.MaskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.MaskReply, _abc.Awaitable[_federation_pb2.MaskReply]]:
+        """One step of secure aggregation (seqfed.common.masking). The answer comes when the step is over for everybody; asked
+        again with the same content, the answer is the same. The vector itself, if there is one, is sent by SubmitUpdate before
+        the step `masked`, which makes it count.
+        """
+
+    @_abc_1.abstractmethod
     def SubmitEvaluation(
         self,
         request: _federation_pb2.SubmitEvaluationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.SubmitEvaluationReply, _abc.Awaitable[_federation_pb2.SubmitEvaluationReply]]:
-        """The exact sums of an evaluation task."""
+        """The exact sums of an evaluation or a measuring task, in a run without secure aggregation."""
 
     @_abc_1.abstractmethod
     def ReportProgress(

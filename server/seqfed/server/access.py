@@ -1,9 +1,9 @@
-"""Who may call what, and how often: every call to the main port passes here before its servicer sees it.
+"""Who may call what, and how often: the door of the main port (see `gate`), which every call passes when its headers come.
 
 The caller is whoever the certificate of its connection says. A call is refused if that certificate has ended or was revoked,
 if the table does not name the caller's role, if its holder calls too often or has too many calls open, or if what it sends
 along is too much. What passes is kept as long as it is open, so that a revocation ends it at once, whatever it waits for; so
-does the certificate's own end. Servicers ask `caller` who calls.
+does the certificate's own end.
 
 In plaintext nobody can be told from anybody else, so everybody may do everything; calls are then counted by address, but not
 those from this machine, where one address is everybody's.
@@ -14,37 +14,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import inspect
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Final
-from urllib.parse import unquote
-
-import grpc
+from typing import Final
 
 from seqfed.common import addresses, identity
 from seqfed.common.authority import EARLIER
-from seqfed.common.errors import (
-    LeaseLost,
-    NotAllowed,
-    Overloaded,
-    RateLimited,
-    SeqfedError,
-    StorageError,
-    StorageFull,
-    TooLarge,
-    Unauthenticated,
-)
+from seqfed.common.errors import NotAllowed, RateLimited, TooLarge, Unauthenticated
 from seqfed.common.identity import Identity, Role
-from seqfed.server.status import rich_status
-
-log = logging.getLogger("seqfed.server")
-
-Context = grpc.aio.ServicerContext[Any, Any]
-Handler = Any  # grpc.RpcMethodHandler, whose fields grpc's own types do not tell
+from seqfed.server.gate import Call, Caller, Context, Refused, address
 
 CLIENTS: Final = frozenset({Role.CLIENT})
 OPERATORS: Final = frozenset({Role.OPERATOR})
@@ -59,6 +37,7 @@ ALLOWED: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         "/seqfed.v1.Federation/FetchModel": CLIENTS,
         "/seqfed.v1.Federation/UploadStatus": CLIENTS,
         "/seqfed.v1.Federation/SubmitUpdate": CLIENTS,
+        "/seqfed.v1.Federation/Mask": CLIENTS,
         "/seqfed.v1.Federation/SubmitEvaluation": CLIENTS,
         "/seqfed.v1.Federation/ReportProgress": CLIENTS,
         "/seqfed.v1.Federation/ReportFailure": CLIENTS,
@@ -81,51 +60,8 @@ ALLOWED: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
     }
 )
 
-OURS: Final = (StorageError, StorageFull, LeaseLost, Overloaded)  # refusals that say nothing of whoever was refused
 MOST_BUCKETS: Final = 10_000  # of callers; beyond it those that have not called for a while are forgotten
 LONGEST_TIMER_S: Final = 86_400.0
-
-Refused = Callable[[str, str, str], None]  # (who, method, name of the error)
-
-
-@dataclass(eq=False)
-class Call:
-    """One call that passed. `who`: its caller's identity or, in plaintext, address."""
-
-    who: str
-    method: str
-    identity: Identity | None
-    told: Refused
-    task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
-    ended: str = ""  # why it was broken off
-
-    def end(self, why: str) -> None:
-        """Break it off, unless it is the one that asks for that."""
-        if self.task is not None and self.task is not asyncio.current_task() and not self.ended:
-            self.ended = why
-            self.task.cancel()
-
-
-_call: ContextVar[Call | None] = ContextVar("call", default=None)
-
-
-def caller() -> Identity | None:
-    """Who makes the call that is being served; None in plaintext."""
-    call = _call.get()
-    return None if call is None else call.identity
-
-
-def caller_name() -> str:
-    """The same for the audit log: a name, or an address in plaintext."""
-    call = _call.get()
-    return "" if call is None else call.who
-
-
-def tell_refused(error: BaseException) -> None:
-    """Note for the audit log that the call being served is refused with this error."""
-    call = _call.get()
-    if call is not None and isinstance(error, SeqfedError) and not isinstance(error, OURS):
-        call.told(call.who, call.method, type(error).__name__)
 
 
 class Bucket:
@@ -147,8 +83,29 @@ class Bucket:
         return True
 
 
-class Access(grpc.aio.ServerInterceptor):
-    """The gate.
+class Rates:
+    """What each of many callers may do: `per_s` times a second over a while, `burst` times at once after a pause."""
+
+    def __init__(self, per_s: float, burst: float) -> None:
+        self.per_s = per_s
+        self._burst = burst
+        self._buckets: dict[str, Bucket] = {}
+
+    def take(self, who: str, now: float) -> bool:
+        """Whether this caller may just now; it then has."""
+        bucket = self._buckets.get(who)
+        if bucket is None:
+            if len(self._buckets) >= MOST_BUCKETS:
+                full = self._burst / self.per_s
+                self._buckets = {name: one for name, one in self._buckets.items() if now - one.at < full}
+            if len(self._buckets) >= MOST_BUCKETS:
+                self._buckets.clear()  # that many callers within seconds: better to begin anew than to grow
+            bucket = self._buckets[who] = Bucket(self._burst, now)
+        return bucket.take(self.per_s, self._burst, now)
+
+
+class Access:
+    """The door of the main port.
 
     secure: the port speaks TLS and asks for certificates. per_s, burst: calls of one caller. open_calls: of one identity at
     a time. max_metadata: bytes that a call may send along. refused: hears of each refusal: who, method, name of the error.
@@ -157,16 +114,13 @@ class Access(grpc.aio.ServerInterceptor):
     def __init__(
         self, *, secure: bool, per_s: float, burst: int, open_calls: int, max_metadata: int, refused: Refused
     ) -> None:
+        self.refused = refused
         self._secure = secure
-        self._per_s = per_s
-        self._burst = float(burst)
+        self._rates = Rates(per_s, float(burst))
         self._open_calls = open_calls
         self._max_metadata = max_metadata
-        self._refused = refused
         self._revoked: dict[str, float] = {}
-        self._buckets: dict[str, Bucket] = {}
         self._open: dict[str, set[Call]] = {}
-        self._gates: dict[str, tuple[Handler, Handler]] = {}  # by method: what it is for, and itself
 
     # Revocation ---------------------------------------------------------------------------------------------------
 
@@ -179,8 +133,9 @@ class Access(grpc.aio.ServerInterceptor):
         self._revoked[name] = at
         for calls in list(self._open.values()):
             for call in list(calls):
-                if call.identity is not None and key(call.identity) == name and self.is_revoked(call.identity):
-                    call.end(f"the certificates of {call.identity} were revoked")
+                found = call.caller.identity
+                if found is not None and key(found) == name and self.is_revoked(found):
+                    call.end(Unauthenticated(f"the certificates of {found} were revoked"))
 
     def is_revoked(self, who: Identity) -> bool:
         """Whether this certificate was issued before its name was revoked."""
@@ -193,81 +148,30 @@ class Access(grpc.aio.ServerInterceptor):
 
     # Calls --------------------------------------------------------------------------------------------------------
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        """The method's own handler behind the gate."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None  # there is no such method; gRPC says so
-        method = str(handler_call_details.method)
-        known = self._gates.get(method)
-        if known is None or known[0] is not handler:
-            known = self._gates[method] = (handler, self._gate(method, handler))
-        return known[1]
+    def who(self, context: Context) -> Caller:
+        """Whose certificate the connection has or, in plaintext, whence it comes; raises Unauthenticated."""
+        found = self._identity(context)
+        return Caller(address(context)) if found is None else Caller(key(found, always=True), found)
 
-    def _gate(self, method: str, handler: Handler) -> Handler:
-        """A handler that lets a call through to this one, or refuses it."""
-        inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-        outer: Callable[..., Any]
-        if inspect.isasyncgenfunction(inner):
-            outer = self._generating(method, inner)
-        elif inspect.iscoroutinefunction(inner):
-            outer = self._awaiting(method, inner)
-        else:
-            return None  # a thread's work, which nothing could end; gRPC's own services have it for what they lack
-        made = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[handler.request_streaming, handler.response_streaming]
-        return made(outer, handler.request_deserializer, handler.response_serializer)
-
-    def _awaiting(self, method: str, inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def answer(request: Any, context: Context) -> Any:
-            call = await self._admitted(method, context)
-            with self._kept(call):
-                try:
-                    return await inner(request, context)
-                except asyncio.CancelledError:
-                    await _say_ended(call, context)
-                    raise
-
-        return answer
-
-    def _generating(self, method: str, inner: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-        async def answers(request: Any, context: Context) -> AsyncIterator[Any]:
-            call = await self._admitted(method, context)
-            with self._kept(call):
-                try:
-                    async with contextlib.aclosing(inner(request, context)) as messages:  # type: ignore[type-var]
-                        async for message in messages:
-                            yield message
-                except asyncio.CancelledError:
-                    await _say_ended(call, context)
-                    raise
-
-        return answers
-
-    async def _admitted(self, method: str, context: Context) -> Call:
-        """The call, if it may be made; otherwise it is aborted with what is wrong."""
-        who = ""
-        try:
-            found = self._identity(context)
-            who = _address(context) if found is None else key(found, always=True)
-            self._require_good(found)
-            self._check(method, who, found, context)
-            call = Call(who, method, found, self._refused)
-        except Exception as error:  # noqa: BLE001 - the table decides what of it the stranger learns
-            if isinstance(error, SeqfedError):
-                self._refused(who or _address(context), method, type(error).__name__)
-            await context.abort_with_status(rich_status(error))
-            raise AssertionError("abort raises") from None
-        _call.set(call)
-        return call
+    def check(self, caller: Caller, method: str, context: Context) -> None:
+        """Raise Unauthenticated, RateLimited, NotAllowed or TooLarge unless this caller may call this now."""
+        who, found = caller.name, caller.identity
+        self._require_good(found)  # first, for who was revoked must not use up what belongs to a later certificate
+        now = asyncio.get_running_loop().time()
+        if (found is not None or not _is_here(who)) and not self._rates.take(who, now):
+            raise RateLimited(
+                f"{who} makes more than {self._rates.per_s:g} calls a second (calls_per_s); the server takes its next ones "
+                "later"
+            )
+        if found is not None and found.role not in ALLOWED.get(method, NOBODY):
+            raise NotAllowed(f"{found} may not call {method.rpartition('/')[2]}")
+        if found is not None and len(self._open.get(who, ())) >= self._open_calls:
+            raise RateLimited(f"{who} has {self._open_calls:,} calls open, the limit (calls_open); end some of them")
+        size = sum(len(name) + len(value) + 32 for name, value in context.invocation_metadata() or ())
+        if size > self._max_metadata:
+            raise TooLarge(
+                f"the call's metadata have {size:,} bytes; the limit (max_metadata_bytes) is {self._max_metadata:,}"
+            )
 
     def _identity(self, context: Context) -> Identity | None:
         """Whose certificate the connection has; None in plaintext."""
@@ -291,44 +195,18 @@ class Access(grpc.aio.ServerInterceptor):
         if self.is_revoked(found):
             raise Unauthenticated(f"the certificate of {found} was revoked; enrol again with a new token")
 
-    def _check(self, method: str, who: str, found: Identity | None, context: Context) -> None:
-        """Raise NotAllowed, RateLimited or TooLarge unless this caller may call this now."""
-        if found is not None and found.role not in ALLOWED.get(method, NOBODY):
-            raise NotAllowed(f"{found} may not call {method.rpartition('/')[2]}")
-        if (found is not None or not _is_here(who)) and not self._take(who):
-            raise RateLimited(
-                f"{who} makes more than {self._per_s:g} calls a second (calls_per_s); the server takes its next ones later"
-            )
-        if found is not None and len(self._open.get(who, ())) >= self._open_calls:
-            raise RateLimited(f"{who} has {self._open_calls:,} calls open, the limit (calls_open); end some of them")
-        size = sum(len(name) + len(value) + 32 for name, value in context.invocation_metadata() or ())
-        if size > self._max_metadata:
-            raise TooLarge(
-                f"the call's metadata have {size:,} bytes; the limit (max_metadata_bytes) is {self._max_metadata:,}"
-            )
-
-    def _take(self, who: str) -> bool:
-        now = asyncio.get_running_loop().time()
-        bucket = self._buckets.get(who)
-        if bucket is None:
-            if len(self._buckets) >= MOST_BUCKETS:
-                full = self._burst / self._per_s
-                self._buckets = {name: one for name, one in self._buckets.items() if now - one.at < full}
-            if len(self._buckets) >= MOST_BUCKETS:
-                self._buckets.clear()  # that many callers within seconds: better to begin anew than to grow
-            bucket = self._buckets[who] = Bucket(self._burst, now)
-        return bucket.take(self._per_s, self._burst, now)
-
     @contextlib.contextmanager
-    def _kept(self, call: Call) -> Iterator[None]:
+    def kept(self, call: Call) -> Iterator[None]:
         """Keep the call where a revocation, and the end of its certificate, find it."""
-        if call.identity is None:
+        found = call.caller.identity
+        if found is None:
             yield
             return
-        calls = self._open.setdefault(call.who, set())
+        who = call.caller.name
+        calls = self._open.setdefault(who, set())
         calls.add(call)
-        left = (call.identity.not_after - identity.now()).total_seconds()
-        why = f"the certificate of {call.identity} has ended"
+        left = (found.not_after - identity.now()).total_seconds()
+        why = Unauthenticated(f"the certificate of {found} has ended")
         timer = asyncio.get_running_loop().call_later(left, call.end, why) if left < LONGEST_TIMER_S else None
         try:
             yield
@@ -336,8 +214,8 @@ class Access(grpc.aio.ServerInterceptor):
             if timer is not None:
                 timer.cancel()
             calls.discard(call)
-            if not calls and self._open.get(call.who) is calls:
-                del self._open[call.who]
+            if not calls and self._open.get(who) is calls:
+                del self._open[who]
 
 
 def key(who: Identity, *, always: bool = False) -> str:
@@ -345,26 +223,12 @@ def key(who: Identity, *, always: bool = False) -> str:
     return f"{who.role}:{who.name}" if always or who.role is not Role.CLIENT else who.name
 
 
-async def _say_ended(call: Call, context: Context) -> None:
-    """If it was broken off here and not by its caller, tell the caller why."""
-    if call.ended:
-        if call.task is not None:
-            call.task.uncancel()
-        call.told(call.who, call.method, Unauthenticated.__name__)
-        await context.abort_with_status(rich_status(Unauthenticated(call.ended)))
-
-
 @functools.lru_cache(maxsize=4096)
 def _identity_of(pem: bytes) -> Identity:
     return identity.identity_of(pem)
 
 
-def _address(context: Context) -> str:
-    """The caller's address without its port."""
-    return unquote(str(context.peer()).rpartition(":")[0])
-
-
-def _is_here(address: str) -> bool:
+def _is_here(where: str) -> bool:
     """Whether this is the address of this machine itself."""
-    kind, _, host = address.partition(":")
+    kind, _, host = where.partition(":")
     return kind == "unix" or addresses.is_loopback(host.strip("[]"))

@@ -2,7 +2,8 @@
 
 Entries are written by whoever holds the lease, in order; what a step of a run has to say stands in the step's own transaction,
 so it is there if and only if the step is. Refusals are written behind, together, and no more of them than are worth reading:
-a few a minute for each peer, then one "and so many more".
+a few a minute for each member, then one "and so many more". Strangers, of whom there are as many as there are addresses, have
+one allowance together, and soon one line a minute: nobody can make the log grow who does not belong.
 
 The chain (`seqfed.common.chain`) shows every change, but not that its end was cut off. Against that the server logs the head,
 number and digest of the last entry, when it starts and once a day; `seqfed audit verify --head NUMBER:DIGEST` holds the table
@@ -26,6 +27,7 @@ import sqlalchemy as sa
 
 from seqfed.common.chain import START, digest
 from seqfed.common.errors import ConfigError, LeaseLost, SeqfedError, StorageError
+from seqfed.common.identity import Role
 from seqfed.common.views import AuditEntry
 from seqfed.server.database import Database, open_database
 
@@ -41,6 +43,8 @@ WAITING: Final = 10_000  # notes that may wait for a database that is away; ther
 DAY_S: Final = 86_400.0
 MINUTE_S: Final = 60.0
 PEERS: Final = 1_000  # whose refusals are counted apart in a minute; all others share one count
+MEMBERS: Final = frozenset(Role)  # with which their names begin
+STRANGERS: Final = "strangers"  # who is known by an address only
 
 
 class Kind(StrEnum):
@@ -56,7 +60,7 @@ class Kind(StrEnum):
     COHORT = "cohort"  # run, round, attempt, clients
     COMMITTED = "committed"  # run, round, model (its digest), folded
     ENDED = "ended"  # run, phase, reason
-    REFUSED = "refused"  # who, method, error; or more, how many others there were
+    REFUSED = "refused"  # who, method, error; or more, how many others there were before
     PRIVACY = "privacy"  # run, round, client, epsilon
 
 
@@ -124,19 +128,29 @@ def _pages(database: Database) -> Iterator[AuditEntry]:
 class Audit:
     """What the running server writes beside its steps.
 
-    `write` puts notes into the store and `head` reads its last entry, both blocking; `per_minute`: refusals of one peer that
-    get an entry each.
+    `write` puts notes into the store and `head` reads its last entry, both blocking; `per_minute`: refusals of one member
+    that get an entry each; of all strangers so many at once, and then one a minute.
     """
 
     def __init__(
-        self, write: Callable[[Sequence[Note]], None], head: Callable[[], tuple[int, bytes]], per_minute: int
+        self,
+        write: Callable[[Sequence[Note]], None],
+        head: Callable[[], tuple[int, bytes]],
+        per_minute: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._write = write
+        self._clock = clock
         self._head = head
         self._per_minute = per_minute
         self._waiting: list[Note] = []
         self._writing: asyncio.Task[None] | None = None
         self._refused: dict[str, int] = {}  # in this minute, by peer
+        self._left, self._left_at = (
+            float(per_minute),
+            clock(),
+        )  # of the strangers' allowance, and when that was reckoned
+        self._unheard = 0  # refusals of strangers since their last entry
         self._minute: asyncio.TimerHandle | None = None  # its end
         self._day: asyncio.TimerHandle | None = None
         self._telling: asyncio.Task[None] | None = None
@@ -155,18 +169,32 @@ class Audit:
         else:
             log.info("the audit log's head is %d:%s", number, last.hex())
 
-    def note(self, kind: Kind, **body: Any) -> None:
-        """Write an entry soon."""
-        self._put(Note(kind, body))
-
     def refused(self, peer: str, method: str, error: str) -> None:
         """Write soon that a call was refused; one of many of the same peer in a minute is only counted."""
         if self._minute is None and not self._closing.is_set():
             self._minute = asyncio.get_running_loop().call_later(MINUTE_S, self.sum_up)
-        place = peer if peer in self._refused or len(self._refused) < PEERS else ""
-        count = self._refused[place] = self._refused.get(place, 0) + 1
-        if count <= self._per_minute:
-            self._put(Note(Kind.REFUSED, {"who": peer, "method": method, "error": error}))
+        body: dict[str, Any] = {"who": peer, "method": method, "error": error}
+        if peer.partition(":")[0] in MEMBERS:
+            place = peer if peer in self._refused or len(self._refused) < PEERS else ""
+            count = self._refused[place] = self._refused.get(place, 0) + 1
+            if count <= self._per_minute:
+                self._put(Note(Kind.REFUSED, body))
+        elif self._allowed():
+            if self._unheard:
+                body["more"], self._unheard = self._unheard, 0
+            self._put(Note(Kind.REFUSED, body))
+        else:
+            self._unheard += 1
+
+    def _allowed(self) -> bool:
+        """Whether another stranger may have an entry now."""
+        now = self._clock()
+        self._left = min(self._per_minute, self._left + (now - self._left_at) / MINUTE_S)
+        self._left_at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
 
     def sum_up(self) -> None:
         """End the minute: of each peer that was refused more often than was written, how often."""
@@ -177,6 +205,9 @@ class Audit:
             if count > self._per_minute:
                 self._put(Note(Kind.REFUSED, {"who": peer or "others", "more": count - self._per_minute}))
         self._refused.clear()
+        if self._unheard:
+            self._put(Note(Kind.REFUSED, {"who": STRANGERS, "more": self._unheard}))
+            self._unheard = 0
 
     def _put(self, note: Note) -> None:
         if len(self._waiting) < WAITING:

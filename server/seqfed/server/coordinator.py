@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seqfed.common import checkpoint, identity, logs, signing, views
+from seqfed.common import checkpoint, identity, logs, signing, statistics, views
 from seqfed.common.checkpoint import PIECE_BYTES, ModelFile
 from seqfed.common.errors import (
     ConfigError,
@@ -38,10 +38,12 @@ from seqfed.common.errors import (
 )
 from seqfed.common.identity import Identity, load_credentials
 from seqfed.common.layout import Flat
-from seqfed.common.metrics import add
+from seqfed.common.masking.messages import Advert, Reply, Request
+from seqfed.common.masking.trust import bound
+from seqfed.common.metrics import TRAINED, add
 from seqfed.common.schema import DataSchema, misfit
 from seqfed.common.transfer import CHUNK_BYTES
-from seqfed.server import fedavg, points
+from seqfed.server import fedavg, masked, points
 from seqfed.server import round as machine
 from seqfed.server.access import Access
 from seqfed.server.audit import Audit, Kind, Note
@@ -51,6 +53,7 @@ from seqfed.server.live import Live, Work, revive
 from seqfed.server.round import ACTIVE, ENDED, FORGIVEN, Phase, Run
 from seqfed.server.settings import ServerSettings
 from seqfed.server.store import KnownClient, Store, UpdateRow
+from seqfed.server.sums import Sums, of_task
 
 log = logging.getLogger("seqfed.server")
 
@@ -102,6 +105,16 @@ class Coordinator:
         patience = Patience(settings.upload_stall_s, settings.upload_bytes_per_s)
         self.intake = Intake(
             settings.uploads_in_flight, settings.uploads_waiting, patience, settings.uploads_per_client
+        )
+        self.sums = Sums(
+            self.hub,
+            self.intake,
+            store,
+            self._trust,
+            hear=self._hear,
+            post=self._post,
+            ask=self.ask,
+            spread=lambda: self.spread_s,
         )
         self.audit = Audit(store.note, store.audit_head, settings.refusals_per_minute)
         self.access = Access(
@@ -363,15 +376,15 @@ class Coordinator:
         if model is not None:
             before = live.state
             stale = {name: before.round - base for name, base in before.late}
-            counted = [live.updates[name] for name in (*before.folded, *stale)]
+            tallies, slowest = _trained(live, stale)
             record = views.RoundRecord(
                 round=before.round,
                 attempt=before.attempt,
                 cohort=before.cohort,
                 folded=(*before.folded, *stale),
                 stale=stale,
-                training=add(one.tally for one in counted),
-                slowest_training_seconds=max(one.training_seconds for one in counted),
+                training=tallies,
+                slowest_training_seconds=slowest,
             )
         closed = next((one for one in effects if isinstance(one, machine.CloseRound)), None)
         if record is None or (model is None and closed is None):
@@ -395,7 +408,7 @@ class Coordinator:
             return  # the sum is of no more use
         opened, names = _folds(effects)
         folds = [live.updates[name] for name in names]
-        if opened:
+        if opened and not live.spec.privacy.secure_aggregation:
             live.sum = fedavg.empty(live.layout.size, live.sum)
         if folds:
             await asyncio.to_thread(self._fold, live, folds)
@@ -419,6 +432,11 @@ class Coordinator:
                 loop = asyncio.get_running_loop()
                 if live.deadline is None or live.deadline.when() > loop.time() + seconds:
                     self._start_deadline(live, seconds)
+            case machine.Mask(clients):
+                self.sums.begin(live, clients)
+            case machine.LeaveOut(client, why):
+                if live.masked is not None:
+                    live.masked.leave(client, why)
             case machine.CloseRound():
                 self.intake.forget(live.run, {client for client, _ in live.state.owing})
                 self._tidy(live)
@@ -428,6 +446,8 @@ class Coordinator:
     def _push(self, live: Live, clients: Iterable[str]) -> None:
         """Ask those of them that are here; an absent one's arrival, which may be on its way already, asks it: not twice."""
         task = self._task(live, ASKS[live.state.phase])
+        if task.masking is not None:
+            self.sums.prepare(live, task)
         now = asyncio.get_running_loop().time()
         for client in clients:
             work = live.work.setdefault(client, Work(now, now))
@@ -501,17 +521,20 @@ class Coordinator:
         await self._follow(live, machine.ModelCommitted(live.state.round), model)
 
     def _write_model(self, live: Live) -> ModelFile:
-        assert live.sum is not None
         old = (np.frombuffer(piece, "<f4") for piece in live.model.pieces())
         metadata = {
             "run": live.run,
             "round": str(live.state.round),
-            "spec": live.spec.canonical.decode(),
-            "spec_digest": live.spec.digest,
+            "spec": live.effective.canonical.decode(),
+            "spec_digest": live.effective.digest,
         }
-        return checkpoint.write(
-            self.store.model_path(live.run, live.state.round), live.layout, fedavg.finish(live.sum, old), metadata
-        )
+        path = self.store.model_path(live.run, live.state.round)
+        if live.spec.privacy.secure_aggregation:
+            assert live.masked is not None
+            assert live.masked.change is not None
+            return checkpoint.write(path, live.layout, masked.applied(old, live.masked.change), metadata)
+        assert live.sum is not None
+        return checkpoint.write(path, live.layout, fedavg.finish(live.sum, old), metadata)
 
     async def _break(self, live: Live, error: Exception) -> None:
         """End the run because it cannot go on, or pause it if it may later; if even that cannot be committed, in memory only."""
@@ -531,7 +554,9 @@ class Coordinator:
     def _rest(self, live: Live) -> None:
         """The run has no turn any more, for a while or for ever."""
         _cancel(live.deadline, live.scan)
-        live.deadline = live.scan = live.sum = None
+        if live.masked is not None:
+            live.masked.close()
+        live.deadline = live.scan = live.sum = live.masked = None
         live.work.clear()
         self.intake.forget(live.run)
         consumed: list[UpdateRow] = []
@@ -566,6 +591,8 @@ class Coordinator:
             if live.state.phase not in ENDED:  # a queued one too: its turn may be on its way already
                 if arrived is None or connection is None:
                     self._post(live, machine.ClientsChanged(left=(name,)))
+                    if live.masked is not None:
+                        live.masked.away(name)
                 elif misfit(live.spec.data, connection.schema) is None:
                     working = ((name, key.round),) if key is not None and key.run == live.run else ()
                     if working:
@@ -587,7 +614,12 @@ class Coordinator:
     def _task(self, live: Live, kind: views.TaskKind, round_: int | None = None) -> views.Task:
         key = views.TaskKey(live.run, live.state.round if round_ is None else round_, live.state.attempt)
         version = views.ModelVersion(live.version, live.layout.nbytes, live.model.digest, live.layout.digest)
-        return views.Task(kind, key, live.spec, version, live.signed.signature, live.signed.certificate)
+        masking = None
+        if live.spec.privacy.secure_aggregation and kind is not views.TaskKind.CANCEL:
+            masking = views.MaskingTerms(live.state.number, len(live.state.cohort))
+        return views.Task(
+            kind, key, live.spec, version, live.signed.signature, live.signed.certificate, masking, live.statistics
+        )
 
     def _with_model(self, live: Live, client: str, task: views.Task) -> views.Task:
         """The task with its model, where that is one chunk and new to the client: it spares each of them a call."""
@@ -665,6 +697,9 @@ class Coordinator:
         state = live.state
         if state.phase in ENDED:
             raise RunEnded(f"run {key.run} is over: {state.reason}")
+        if live.spec.privacy.secure_aggregation:
+            sum_ = of_task(live, key)
+            return not sum_.expects(client, sum_.terms.number, digest)
         attempts = state.attempt if key.round == state.round else key.attempt
         if state.wants(client, key.round) and 1 <= key.attempt <= attempts:
             return False
@@ -701,6 +736,8 @@ class Coordinator:
     ) -> bool:
         """Receive, check, keep and count one update; True if it had been counted already."""
         live, base = self._live(header.key.run), header.key.round
+        if live.spec.privacy.secure_aggregation:
+            return await self.sums.receive(live, client, header, chunks)
         if self.counted(client, header.key, header.digest):
             return True
 
@@ -724,12 +761,24 @@ class Coordinator:
         self.hub.done(client)
         return False
 
+    async def mask(
+        self, client: str, key: views.TaskKey, number: int, message: Request
+    ) -> tuple[Reply, tuple[str, ...]]:
+        """See `Sums.take`; raises UnknownRun and RunEnded, too."""
+        live = self._live(key.run)
+        if live.state.phase in ENDED:
+            raise RunEnded(f"run {key.run} is over: {live.state.reason}")
+        return await self.sums.take(live, client, key, number, message)
+
     async def submit_evaluation(self, client: str, key: views.TaskKey, version: int, tally: dict[str, int]) -> bool:
         """Count one client's score of the current model; True if it had been counted already."""
         live = self._live(key.run)
-        if live.state.phase is not Phase.EVALUATING or version != live.version:
-            raise WrongRound(f"an evaluation of model {version} came; run {key.run} is {live.state.phase.value}")
-        check_tally(tally, len(live.state.cohort), live.sums)
+        measuring = live.state.phase is Phase.MEASURING
+        if not (measuring or live.state.phase is Phase.EVALUATING) or version != live.version:
+            raise WrongRound(f"the sums of model {version} came; run {key.run} is {live.state.phase.value}")
+        if live.spec.privacy.secure_aggregation:
+            raise WrongRound(f"run {key.run} takes sums only masked")
+        check_tally(tally, len(live.state.cohort), statistics.names(live.spec) if measuring else live.sums)
         event = machine.EvaluationArrived(key.round, client, tuple(sorted(tally.items())))
         try:
             await self.ask(live, event)
@@ -748,18 +797,37 @@ class Coordinator:
             self.audit.refused(f"client:{client}", f"round {key.round} of run {live.run}", error)
         self.hub.done(client)
 
+    def cut_off(self, client: str) -> None:
+        """Wait for nothing more from a client that was revoked; what it has sent before stays."""
+        for live in self.lives.values():
+            for name, round_ in live.state.working:
+                if name == client:
+                    self._post(live, machine.TaskFailed(round_, client, "Unauthenticated: it was revoked"))
+
     def signer(self, data: bytes, signature: bytes, certificate: bytes) -> Identity:
         """Who has signed these data, with a certificate of this federation that is good now.
 
         Raises NotAllowed or Unauthenticated.
         """
-        if self._ca is None:
-            assert self.settings.tls is not None  # in plaintext nobody asks
-            self._ca = load_credentials(self.settings.tls).ca
-        found = signing.verify(certificate, self._ca, data, signature, identity.now())
+        found = signing.verify(certificate, self._authority(), data, signature, identity.now())
         if self.access.is_revoked(found):
             raise Unauthenticated(f"the certificate of {found}, which signed this, was revoked")
         return found
+
+    def _trust(self, advert: Advert) -> None:
+        """Raise unless the client's certificate, where there are any, stands for the keys that it advertises."""
+        if self.settings.tls is None:
+            return  # the clients have nobody else's word, either
+        found = bound(advert, self._authority(), identity.now())
+        if self.access.is_revoked(found):
+            raise Unauthenticated(f"the certificate of {found} was revoked")
+
+    def _authority(self) -> bytes:
+        """The federation's CA, PEM."""
+        if self._ca is None:
+            assert self.settings.tls is not None  # in plaintext nobody asks
+            self._ca = load_credentials(self.settings.tls).ca
+        return self._ca
 
     def _live(self, run: str) -> Live:
         try:
@@ -774,9 +842,20 @@ LASTING = frozenset(
 )
 
 ASKS: Mapping[Phase, views.TaskKind] = {
+    Phase.MEASURING: views.TaskKind.MEASURE,
     Phase.TRAINING: views.TaskKind.TRAIN,
     Phase.EVALUATING: views.TaskKind.EVALUATE,
 }
+
+
+def _trained(live: Live, stale: Iterable[str]) -> tuple[dict[str, int], float]:
+    """The summed tally of the round's trainings, and the seconds of the slowest."""
+    if live.spec.privacy.secure_aggregation:
+        assert live.masked is not None
+        tally = {name: value for name, value in live.masked.tally.items() if name in TRAINED}
+        return tally, live.masked.seconds
+    counted = [live.updates[name] for name in (*live.state.folded, *stale)]
+    return add(one.tally for one in counted), max(one.training_seconds for one in counted)
 
 
 def _notes(

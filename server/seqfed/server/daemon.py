@@ -12,12 +12,11 @@ import logging
 import math
 import os
 import resource
-import signal
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import grpc
 import platformdirs
@@ -27,11 +26,11 @@ from grpc_reflection.v1alpha import reflection
 from seqfed.common import addresses, authority, tokens
 from seqfed.common.authority import Authority
 from seqfed.common.errors import ConfigError, LeaseLost, PortInUse, StorageError, StorageFull
-from seqfed.common.identity import Identity
+from seqfed.common.loop import on_first_signal, whole
 from seqfed.server import enrollment
-from seqfed.server.audit import Kind
 from seqfed.server.coordinator import Coordinator
 from seqfed.server.enrollment import Office
+from seqfed.server.gate import Gate
 from seqfed.server.servicers import Admin, Federation
 from seqfed.server.settings import ServerSettings
 from seqfed.server.store import Store, connect
@@ -39,8 +38,6 @@ from seqfed.server.tls import Certificate
 from seqfed.v1 import admin_pb2, admin_pb2_grpc, federation_pb2, federation_pb2_grpc
 
 log = logging.getLogger("seqfed.server")
-
-T = TypeVar("T")
 
 GRACE: Final = 2.0  # seconds that calls under way have when the daemon stops
 STANDING_BY_S: Final = 60.0  # between two log lines of one that waits for its turn
@@ -52,6 +49,7 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.keepalive_timeout_ms", 16_000),
     ("grpc.http2.ping_timeout_ms", 16_000),  # of the same pings, and left alone it is a minute
     ("grpc.server_handshake_timeout_ms", enrollment.HANDSHAKE_MS),
+    ("grpc.max_connection_idle_ms", 300_000),  # without any call, as those of the revoked are; who belongs listens
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients ping every 12 s
 )
@@ -68,7 +66,7 @@ async def serving(settings: ServerSettings) -> AsyncIterator[str]:
     folder = settings.state or Path(platformdirs.user_state_dir("seqfed")) / "server"
     settings = settings.model_copy(update={"state": folder})
     async with _its_turn(settings, folder) as store, _held(store) as lost:
-        await _whole(asyncio.to_thread(store.prepare))
+        await whole(asyncio.to_thread(store.prepare))
         coordinator = Coordinator(store, settings)
         office = None if ca is None else _office(ca, coordinator, settings)
         server, names, checks = _services(coordinator, settings, office)
@@ -104,7 +102,7 @@ async def serving(settings: ServerSettings) -> AsyncIterator[str]:
             yield address
         finally:
             store.when_lost = _too_late
-            await _whole(_shut_down(coordinator, servers, checks, work, None if lost.is_set() else GRACE))
+            await whole(_shut_down(coordinator, servers, checks, work, None if lost.is_set() else GRACE))
             if place.exists() and place.read_text() == told:  # it may be a successor's
                 place.unlink()
 
@@ -128,18 +126,13 @@ def _identity(settings: ServerSettings) -> tuple[Certificate | None, Authority |
 
 def _office(ca: Authority, coordinator: Coordinator, settings: ServerSettings) -> Office:
     """The counter of this CA: used tokens stand in the store, what it gives out in the audit log."""
-
-    def told(what: str, whose: Identity) -> None:
-        until = whose.not_after.isoformat()
-        coordinator.audit.note(Kind(what), client=whose.name, serial=f"{whose.serial:x}", until=until)
-
     return Office(
         ca,
         coordinator.store.use_nonce,
         days=settings.certificate_days,
         a_second=settings.enrolments_per_s,
         revoked_at=coordinator.access.revoked_at,
-        told=told,
+        note=coordinator.store.note,
         refused=coordinator.audit.refused,
     )
 
@@ -174,8 +167,9 @@ def _services(
     coordinator: Coordinator, settings: ServerSettings, office: Office | None
 ) -> tuple[grpc.aio.Server, list[str], health.aio.HealthServicer]:
     """A server of everything that is served, not listening yet; the names of its services, and their health."""
+    places = 2 * settings.max_clients + 1000  # each client listens, and works
     server = grpc.aio.server(
-        interceptors=(coordinator.access,),
+        interceptors=(Gate(coordinator.access, places=places, message_s=settings.message_s),),
         options=(
             *CHANNEL_OPTIONS,
             ("grpc.max_concurrent_streams", settings.max_streams),
@@ -186,7 +180,6 @@ def _services(
             ),  # beyond it gRPC itself refuses, without our words
             ("grpc.compression_enabled_algorithms_bitset", 1),  # none: numbers do not shrink, and bombs do not grow
         ),
-        maximum_concurrent_rpcs=2 * settings.max_clients + 1000,  # each client listens, and works
     )
     federation_pb2_grpc.add_FederationServicer_to_server(Federation(coordinator, office), server)
     admin_pb2_grpc.add_AdminServicer_to_server(Admin(coordinator, settings), server)
@@ -206,7 +199,7 @@ async def _its_turn(settings: ServerSettings, folder: Path) -> AsyncIterator[Sto
     )
     try:
         steps, told = store.take(settings.standby), -math.inf
-        while (holder := await _whole(asyncio.to_thread(next, steps, None))) is not None:
+        while (holder := await whole(asyncio.to_thread(next, steps, None))) is not None:
             if (now := time.monotonic()) - told >= STANDING_BY_S:
                 told = now
                 what = "standing by" if settings.standby else "waiting for the lease to end"
@@ -263,22 +256,13 @@ async def _renew(store: Store, thread: ThreadPoolExecutor) -> None:
             log.warning("the lease could not be renewed: %s; again in %g s", error, store.lease.seconds / 3)
 
 
-async def _whole(work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; a cancellation waits for its end, for neither a thread nor a stop can be left half way."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    finally:
-        await asyncio.wait([task])
-
-
 def _too_late(_: LeaseLost) -> None:
     """It stops already."""
 
 
 async def serve(settings: ServerSettings) -> None:
     """Run until SIGTERM or SIGINT; a second signal ends the process at once. Raises what `serving` raises."""
-    stop, loop, this = asyncio.Event(), asyncio.get_running_loop(), asyncio.current_task()
+    stop, this = asyncio.Event(), asyncio.current_task()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(
         resource.RLIMIT_NOFILE, (most, most)
@@ -286,14 +270,11 @@ async def serve(settings: ServerSettings) -> None:
     begun = False
 
     def on_signal() -> None:
-        if stop.is_set():
-            os._exit(130)
         stop.set()
         if not begun and this is not None:  # it may be standing by
             this.cancel()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+    on_first_signal(on_signal)
     try:
         async with serving(settings) as address:
             begun = True

@@ -10,9 +10,11 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from seqfed.common import checkpoint, views, wire
+from seqfed.common import checkpoint, quantising, statistics, views, wire
 from seqfed.common.checkpoint import ModelFile
 from seqfed.common.errors import IllegalTransition, InvalidName, RunEnded, TooLarge, UnknownRun
+from seqfed.common.layout import Layout
+from seqfed.common.loop import whole
 from seqfed.common.metrics import require_metric
 from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.spec import RunSpec
@@ -38,25 +40,37 @@ class Desk:
         self._coordinator = coordinator
 
     async def submit(self, spec: RunSpec, initial: Path | None, signed: Signed = UNSIGNED) -> views.RunView:
-        """Queue a run, from its seed or from a safetensors checkpoint.
+        """Queue a run, from its seed or from a safetensors checkpoint; wholly, also if the call is broken off meanwhile.
 
-        Raises CheckpointError if that is another model, ConfigError if the run's task lacks its convergence metric.
+        Raises CheckpointError if that is another model, ConfigError for what the run's task, data or sums cannot have,
+        Unauthenticated if the operator was revoked while the checkpoint came.
         """
         require_metric(spec)
+        if spec.data.normalise == "federated":
+            statistics.names(spec)  # refuses more columns than it can sum up
+        if spec.privacy.secure_aggregation:
+            quantising.levels(spec.privacy.b, spec.cohort.required)
         layout = layout_of(spec)
         if layout.nbytes > self._coordinator.settings.max_model_bytes:
             raise TooLarge(
                 f"the run's model has {layout.nbytes:,} bytes, the server's limit (max_model_bytes) is "
                 f"{self._coordinator.settings.max_model_bytes:,}"
             )
+        return await whole(self._begin(spec, layout, initial, signed))
+
+    async def _begin(self, spec: RunSpec, layout: Layout, initial: Path | None, signed: Signed) -> views.RunView:
         run = secrets.token_hex(8)
+
+        def require() -> None:
+            if signed.operator:
+                self._coordinator.signer(spec.canonical, signed.signature, signed.certificate)
 
         def prepare() -> ModelFile:
             parameters = initial_parameters(spec) if initial is None else checkpoint.load(initial, layout)
             metadata = {"run": run, "round": "0", "spec": spec.canonical.decode(), "spec_digest": spec.digest}
             model = checkpoint.save(self._coordinator.store.model_path(run, 0), parameters, metadata)
             body = {"run": run, "name": spec.name, "spec": spec.digest, "operator": signed.operator}
-            self._coordinator.store.create(run, spec, model, signed, [Note(Kind.SUBMITTED, body)])
+            self._coordinator.store.create(run, spec, model, signed, [Note(Kind.SUBMITTED, body)], require)
             return model
 
         model = await asyncio.to_thread(prepare)
@@ -206,6 +220,7 @@ class Desk:
         await asyncio.to_thread(self._coordinator.store.revoke, client, at, reason, [note])
         if not role:
             self._coordinator.hub.dismiss(client)
+            self._coordinator.cut_off(client)
         log.info("revoked what was issued to %s: %s", client, reason or "no reason given")
         known = {one.client: one for one in await asyncio.to_thread(self._coordinator.store.clients)}
         if client in known:

@@ -1,17 +1,18 @@
 """The daemon's counter where certificates are given out: the first one for a token, the next ones for the one before.
 
 Enrolment has a port of its own, since whoever comes has no certificate yet: TLS shows only who the server is. What a stranger
-can do there is bounded by its own limits: one small call, a few at a time, and a few reasons a second for a refusal.
+can do there is bounded by its own limits: one small call, which must come at once or make room, and a few reasons a second for
+a refusal. What is given out stands in the audit log before it is given out.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import unquote
+from typing import TYPE_CHECKING, Final
 
 import grpc
 
@@ -19,13 +20,15 @@ from seqfed.common import identity, tokens
 from seqfed.common.authority import Authority
 from seqfed.common.errors import NotAllowed, RateLimited, Unauthenticated
 from seqfed.common.identity import Identity, Role
+from seqfed.common.tokens import Token
+from seqfed.server.access import Rates
+from seqfed.server.audit import Kind, Note
+from seqfed.server.gate import Call, Caller, Context, Gate, Refused, address, tell_refused
 from seqfed.server.status import rich_status
 from seqfed.v1 import federation_pb2, federation_pb2_grpc
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 BURST: Final = 20.0  # refusals at once, before the rate counts
 HANDSHAKE_MS: Final = 30_000  # of TLS; on a slow link it takes seconds, and who says nothing must not stay
@@ -37,30 +40,34 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.max_concurrent_streams", 4),
     ("grpc.max_connection_idle_ms", 10_000),
     ("grpc.max_connection_age_ms", 15_000),
-    ("grpc.max_connection_age_grace_ms", 5_000),  # also for calls whose message never comes
+    ("grpc.max_connection_age_grace_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 1),
 )
-METHOD: Final = "/seqfed.v1.Enrollment/Enroll"
-MAX_CALLS: Final = 64  # at the same time; beyond it gRPC refuses
+PLACES: Final = 256  # for calls; a good one needs its own for milliseconds
+MESSAGE_S: Final = 10.0  # for a message that fits into two packets
+MOST_USED: Final = 10_000  # nonces that are remembered here besides the store
+RENEWALS: Final = 10  # of one identity at once,
+RENEWALS_PER_S: Final = 1 / 600  # and after them: each is an entry in the audit log
 
 
 class Office:
     """Gives out certificates of this CA, valid for `days`.
 
-    `use_nonce` remembers a token's nonce until it expires, and says whether it was not known before, durably. `revoked_at`:
-    when, in seconds since the epoch, this client was revoked last. `told` hears of each certificate: "enrolled" or "renewed",
-    and whose it is. `refused` hears of each refusal: who (an address), method, name of the error.
+    `use_nonce` remembers a token's nonce until it expires, and says whether it was not known before; if so, it adds the notes
+    to the audit log, in one transaction. `note` adds some by themselves; both are durable, and block. `revoked_at`: when, in
+    seconds since the epoch, this client was revoked last. `refused` hears of each refusal: who (an address), method, name of
+    the error.
     """
 
     def __init__(
         self,
         authority: Authority,
-        use_nonce: Callable[[str, float], bool],
+        use_nonce: Callable[[str, float, Sequence[Note]], bool],
         *,
         days: float,
         a_second: float,
         revoked_at: Callable[[str], float | None] = lambda _: None,
-        told: Callable[[str, Identity], None] = lambda _, __: None,
+        note: Callable[[Sequence[Note]], None] = lambda _: None,
         refused: Callable[[str, str, str], None] = lambda _, __, ___: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -69,10 +76,12 @@ class Office:
         self._days = days
         self._a_second = a_second
         self._revoked_at = revoked_at
-        self._told = told
+        self._note = note
         self.refused = refused
         self._clock = clock
         self._room, self._at = BURST, clock()
+        self._renewals = Rates(RENEWALS_PER_S, RENEWALS)
+        self._used: dict[str, None] = {}  # nonces of the last tokens that were, for which the store need not be asked
 
     async def enroll(self, token: str, csr: bytes) -> federation_pb2.Certificate:
         """The certificate for this token; raises Unauthenticated, or RateLimited where too many were refused just now.
@@ -98,26 +107,46 @@ class Office:
                 )
             # A certificate counts whole seconds, and must be seen to be later than the revocation.
             now = max(now, datetime.fromtimestamp(int(revoked) + 1, UTC))
-        if not await asyncio.to_thread(self._use_nonce, found.nonce, found.expires):
+        given, note = self._issue(Kind.ENROLLED, Role(found.role), found.client, key, now)
+        if not await self._use(found, note):
             raise Unauthenticated(
                 f"this token for '{found.client}' was used before, and works once; make a new one with: seqfed enroll token"
             )
         if self._revoked_at(found.client) != revoked:
             raise Unauthenticated(f"'{found.client}' was revoked just now; this token is used up")
-        return self._issue("enrolled", Role(found.role), found.client, key, now)
+        return given
+
+    async def _use(self, token: Token, note: Note) -> bool:
+        """Use the token up; False if it was before. Whoever sends such a one again and again is not the store's work."""
+        if token.nonce in self._used:
+            return False
+        first = await asyncio.to_thread(self._use_nonce, token.nonce, token.expires, [note])
+        self._used[token.nonce] = None
+        if len(self._used) > MOST_USED:
+            del self._used[next(iter(self._used))]
+        return first
 
     async def renew(self, csr: bytes, whose: Identity) -> federation_pb2.Certificate:
-        """A new certificate for somebody who has shown the one before; raises NotAllowed, Unauthenticated."""
+        """A new certificate for somebody who has shown the one before; raises NotAllowed, Unauthenticated, RateLimited."""
         if whose.role is Role.SERVER:
             raise NotAllowed("a server's certificate is renewed with `seqfed ca issue server`")
-        return self._issue("renewed", whose.role, whose.name, identity.public_key_of(csr), identity.now())
+        key = identity.public_key_of(csr)
+        if not self._renewals.take(str(whose), self._clock()):
+            raise RateLimited(
+                f"{whose} was given {RENEWALS} certificates just now; the next one can be had in {1 / RENEWALS_PER_S:g} s"
+            )
+        given, note = self._issue(Kind.RENEWED, whose.role, whose.name, key, identity.now())
+        await asyncio.to_thread(self._note, [note])
+        return given
 
     def _issue(
-        self, what: str, role: Role, name: str, key: EllipticCurvePublicKey, now: datetime
-    ) -> federation_pb2.Certificate:
+        self, what: Kind, role: Role, name: str, key: EllipticCurvePublicKey, now: datetime
+    ) -> tuple[federation_pb2.Certificate, Note]:
+        """A certificate, and what the audit log must say before anybody gets it."""
         pem = self._authority.issue(role, name, key, now=now, days=self._days)
-        self._told(what, identity.identity_of(pem))
-        return federation_pb2.Certificate(certificate=pem, ca=self._authority.pem)
+        made = identity.identity_of(pem)
+        body = {"client": name, "serial": f"{made.serial:x}", "until": made.not_after.isoformat()}
+        return federation_pb2.Certificate(certificate=pem, ca=self._authority.pem), Note(what, body)
 
     def _count(self) -> None:
         now = self._clock()
@@ -128,6 +157,25 @@ class Office:
                 f"more than {self._a_second:g} enrolments a second (enrolments_per_s) were refused; this one is too"
             ) from None
         self._room -= 1.0
+
+
+class Strangers:
+    """The door of the enrolment port, through which everybody comes: an address is all that is known of them.
+
+    There is no rate here: whoever has a good token would wait for all who come from the same address.
+    """
+
+    def __init__(self, refused: Refused) -> None:
+        self.refused = refused
+
+    def who(self, context: Context) -> Caller:
+        return Caller(address(context))
+
+    def check(self, caller: Caller, method: str, context: Context) -> None:
+        """Everybody may ask."""
+
+    def kept(self, call: Call) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class Enrollment(federation_pb2_grpc.EnrollmentServicer):
@@ -142,15 +190,14 @@ class Enrollment(federation_pb2_grpc.EnrollmentServicer):
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - the table decides what of it the stranger learns
-            if isinstance(error, (Unauthenticated, RateLimited)):
-                address = unquote(str(context.peer()).rpartition(":")[0])
-                self._office.refused(address, METHOD, type(error).__name__)
+            tell_refused(error)
             await context.abort_with_status(rich_status(error))
             raise AssertionError("abort raises") from None
 
 
 def at(host_and_port: str, office: Office, credentials: grpc.ServerCredentials) -> tuple[grpc.aio.Server, int]:
     """A server of enrolments alone, not started yet, and its port; raises RuntimeError if the port cannot be had."""
-    server = grpc.aio.server(options=CHANNEL_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
+    gate = Gate(Strangers(office.refused), places=PLACES, message_s=MESSAGE_S)
+    server = grpc.aio.server(interceptors=(gate,), options=CHANNEL_OPTIONS)
     federation_pb2_grpc.add_EnrollmentServicer_to_server(Enrollment(office), server)
     return server, server.add_secure_port(host_and_port, credentials)

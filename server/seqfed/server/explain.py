@@ -47,10 +47,20 @@ def explain(
                 late = [name for name, _ in run.owing]
                 return f"waits for {len(late)} that still work on an earlier round: {_some(late)}{before}"
             return "about to begin" + before
-        case Phase.TRAINING | Phase.EVALUATING:
+        case Phase.MEASURING | Phase.TRAINING | Phase.EVALUATING:
             return _at_work(spec, run, tasks, deadline_s) + before
+        case Phase.MASKING:
+            left = f"; left out: {'; '.join(f'{name}: {why}' for name, why in run.failed[:5])}" if run.failed else ""
+            return f"{_what(run)}: the masked sum of {len(run.ready)} clients is under way{left}" + before
         case _:
             return f"round {run.round}: saving the new model"
+
+
+def _what(run: Run) -> str:
+    """Of which phase the masked sum is."""
+    return {Phase.MEASURING.value: "the data", Phase.EVALUATING.value: f"the scores of round {run.round}"}.get(
+        run.masks, f"round {run.round}"
+    )
 
 
 def _at_work(spec: RunSpec, run: Run, tasks: Sequence[TaskView], deadline_s: float | None) -> str:
@@ -59,6 +69,8 @@ def _at_work(spec: RunSpec, run: Run, tasks: Sequence[TaskView], deadline_s: flo
     told += [f"{_told(name, of.get(name))} (no longer waited for)" for name in run.silent]
     if run.phase is Phase.EVALUATING:
         head = f"the model of round {run.round} waits for {len(run.awaited)} of {len(run.cohort)} to score it"
+    elif run.phase is Phase.MEASURING:
+        head = f"before the first round waits for {len(run.awaited)} of {len(run.cohort)} to sum up their data"
     elif spec.asynchronous is not None:
         head = f"round {run.round} has {len(run.folded) + len(run.late)} of {run.target} updates"
     else:

@@ -58,6 +58,7 @@ class Part:
         self.highest = 0.0  # max |delta| so far
         self._clip, self._bound = rule.clips_at, rule.refuses_above
         self._norm = None if self._bound is None else fedavg.Norm()
+        self._masked = header.masked_number > 0  # then it looks like noise, and any would
         self.lock = asyncio.Lock()
         self.dropped = False
         self.done = False
@@ -81,12 +82,8 @@ class Part:
             self.done = True
 
     def _sink(self, _: int, data: bytes) -> None:
-        if len(data) % BYTES_PER_PARAMETER:
-            raise BrokenTransfer(f"a chunk has {len(data):,} bytes, not whole float32 numbers")
-        numbers = np.frombuffer(data, "<f4")
-        self.highest = max(self.highest, fedavg.peak(numbers))
-        if self._norm is not None:
-            self._norm.add(numbers)
+        if not self._masked:
+            self._look(data)
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +91,14 @@ class Part:
             self._file.write(data)
         except OSError as error:
             raise storage_error(error, "receiving an update") from error
+
+    def _look(self, data: bytes) -> None:
+        if len(data) % BYTES_PER_PARAMETER:
+            raise BrokenTransfer(f"a chunk has {len(data):,} bytes, not whole float32 numbers")
+        numbers = np.frombuffer(data, "<f4")
+        self.highest = max(self.highest, fedavg.peak(numbers))
+        if self._norm is not None:
+            self._norm.add(numbers)
 
     def _finish(self, weight: int, cohort: int, final: Path) -> None:
         self.reassembly.finish()
@@ -107,6 +112,8 @@ class Part:
 
     def check(self, weight: int, cohort: int) -> None:
         """Raise UpdateOutOfRange unless the whole update, so weighted and scaled to the run's norm, fits its sum."""
+        if self._masked:
+            return
         if self._norm is not None and self._bound is not None and self._norm.value > self._bound:
             raise UpdateOutOfRange(
                 f"an update has the norm {self._norm.value:.6g}; the run takes {self._bound:.6g} at most "
@@ -165,14 +172,16 @@ class Intake:
         chunks: AsyncIterator[tuple[int, bytes]],
         meter: Callable[[int], None],
         rule: AggregationSpec = UNBOUNDED,
+        vector_bytes: int = 0,
     ) -> None:
         """Take the chunks of one update until it is whole, checked, and in its place, `final`.
 
         `weight`: what it will be folded with, as one of `cohort`. `meter` hears of the bytes of each chunk. `rule`: what
-        the run allows an update. Raises the typed error for whatever is wrong, Overloaded if too many wait; after a mere
-        break what has come is kept, after anything else it is dropped.
+        the run allows an update. `vector_bytes`: of a masked vector, which comes instead. Raises the typed error for
+        whatever is wrong, Overloaded if too many wait; after a mere break what has come is kept, after anything else it is
+        dropped.
         """
-        check_header(header, layout, cohort)
+        check_header(header, layout, cohort, vector_bytes)
         if self._here >= self._most:
             raise Overloaded(f"{self._here:,} uploads wait for room (uploads_waiting); try again later")
         if self._of[client] >= self._each:
@@ -278,17 +287,25 @@ def require_size(into: Reassembly, data: bytes) -> None:
         )
 
 
-def check_header(header: UpdateHeader, layout: Layout, cohort: int) -> None:
-    """Raise TooLarge, LayoutMismatch or UpdateOutOfRange unless an update so announced could be one of this layout."""
-    if header.nbytes > layout.nbytes:
-        raise TooLarge(f"an update of {header.nbytes:,} bytes came; the run's model has {layout.nbytes:,}")
-    if header.layout_digest != layout.digest or header.nbytes != layout.nbytes:
+def check_header(header: UpdateHeader, layout: Layout, cohort: int, vector_bytes: int = 0) -> None:
+    """Raise TooLarge, LayoutMismatch or UpdateOutOfRange unless an update so announced could be one of this layout.
+
+    `vector_bytes`: of a masked vector, which comes instead of the update, and without its weight and tally.
+    """
+    due = vector_bytes or layout.nbytes
+    if header.nbytes > due:
+        raise TooLarge(f"an update of {header.nbytes:,} bytes came; one of this run has {due:,}")
+    if header.layout_digest != layout.digest or header.nbytes != due:
         raise LayoutMismatch(
             f"the update's layout ({header.layout_digest.hex()[:12]}, {header.nbytes:,} bytes) is not the run's "
-            f"({layout.digest.hex()[:12]}, {layout.nbytes:,} bytes); do both sides run the same version of seqfed?"
+            f"({layout.digest.hex()[:12]}, {due:,} bytes); do both sides run the same version of seqfed?"
         )
-    fedavg.check(header.weight, 0.0, 1)
-    check_tally(header.tally, cohort, TRAINED)
+    if vector_bytes:
+        if header.weight or header.tally:
+            raise UpdateOutOfRange("a masked vector came with a weight or a tally in the clear; those are masked, too")
+    else:
+        fedavg.check(header.weight, 0.0, 1)
+        check_tally(header.tally, cohort, TRAINED)
     if not 0 <= header.training_seconds < math.inf:
         raise UpdateOutOfRange(f"an update took {header.training_seconds} s; it must be 0 s or more, and finite")
 

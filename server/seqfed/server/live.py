@@ -8,12 +8,13 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from seqfed.common import logs, views
+from seqfed.common import logs, statistics, views
 from seqfed.common.checkpoint import ModelFile
 from seqfed.common.layout import Layout
 from seqfed.common.metrics import names
 from seqfed.common.spec import RunSpec
 from seqfed.server import fedavg
+from seqfed.server.masked import MaskedSum
 from seqfed.server.round import Run
 from seqfed.server.store import UNSIGNED, Signed, StoredRun, UpdateRow
 
@@ -47,6 +48,7 @@ class Live:
     updates: dict[str, UpdateRow]  # that are in the sum or go into the next, by client
     older: dict[int, ModelFile] = field(default_factory=dict)  # versions from which somebody still works
     sum: fedavg.WeightedSum | None = None
+    masked: MaskedSum | None = None  # under secure aggregation: of this phase, or of the one before
     small: tuple[bytes, bytes] | None = None  # digest and vector of the current model, if it is one chunk
     record: views.RoundRecord | None = None  # the round that is committed and not yet closed
     mark: tuple[float, int, int] = (0.0, 0, 0)  # clock, bytes up, bytes down when the round began
@@ -56,6 +58,7 @@ class Live:
     telling: asyncio.TimerHandle | None = None  # the next news of mere progress
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # replaced at every change
     fits: tuple[int, list[str], dict[str, str]] = (-1, [], {})  # see `Coordinator.fits`
+    told_statistics: tuple[tuple[tuple[str, int], ...], bytes] = ((), b"")  # the newest in JSON, and of which tally
     trouble: str = ""  # why the store does not take its next step, while it does not
     signed: Signed = UNSIGNED
 
@@ -63,6 +66,23 @@ class Live:
     def sums(self) -> frozenset[str]:
         """What the tally of an evaluation may have."""
         return frozenset(names(self.spec))
+
+    @property
+    def statistics(self) -> bytes:
+        """The data's statistics in JSON, once they were measured; before, and in other runs, nothing."""
+        return self.told_statistics[1] if self.state.measured == self.told_statistics[0] else self._statistics()
+
+    def _statistics(self) -> bytes:
+        found = statistics.statistics_of(dict(self.state.measured), self.spec)
+        self.told_statistics = (self.state.measured, found.model_dump_json().encode())
+        return self.told_statistics[1]
+
+    @property
+    def effective(self) -> RunSpec:
+        """The specification with what was measured of the data filled in: it makes a model file whole."""
+        if not self.statistics:
+            return self.spec
+        return statistics.applied(self.spec, statistics.Statistics.model_validate_json(self.statistics))
 
     def tell(self) -> None:
         """Wake everybody who watches this run."""

@@ -23,6 +23,10 @@ Who is asked, and who is waited for:
   another idle client begin, whoever has not answered when the buffer is full owes, and late updates count like others.
 - Without a quorum after the last attempt the run pauses; nothing is lost, and `ResumeRequested` queues it again.
 
+Under secure aggregation an answer says only that a client is ready. Who is ready when a phase is over enters a masked sum
+(`seqfed.common.masking`), a phase of its own, which ends with the sum or without. No number of a masked sum is used twice, so
+whatever is tried again, after a restart too, has another one, and everybody must be ready anew.
+
 Events that merely come too late (an update after the deadline) are not illegal: the machine itself raises WrongRound for
 them, and again nothing changes.
 """
@@ -56,7 +60,9 @@ class Phase(Enum):
 
     QUEUED = "queued"  # submitted or resumed; another run has its turn, or too few clients are there
     GATHERING = "gathering"  # has its turn and waits for enough clients to begin the next round
+    MEASURING = "measuring"  # before the first round: the cohort sums up its data, to normalise them all alike
     TRAINING = "training"  # the cohort has been asked and updates arrive
+    MASKING = "masking"  # who was ready in `masks`, the phase before, makes a sum that shows nothing of any one of them
     COMMITTING = "committing"  # enough updates are folded; the new model is being made durable
     EVALUATING = "evaluating"  # the new model is durable and is being scored
     PAUSED = "paused"  # by the operator, or since it cannot go on; until the operator resumes it
@@ -66,7 +72,8 @@ class Phase(Enum):
 
 
 ENDED: Final = frozenset({Phase.FINISHED, Phase.STOPPED, Phase.FAILED})
-ACTIVE: Final = frozenset({Phase.GATHERING, Phase.TRAINING, Phase.COMMITTING, Phase.EVALUATING})
+WORKING: Final = frozenset({Phase.MEASURING, Phase.TRAINING, Phase.EVALUATING})  # the phases that have a task
+ACTIVE: Final = WORKING | {Phase.GATHERING, Phase.MASKING, Phase.COMMITTING}
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,10 @@ class Run:
     silent: tuple[str, ...] = ()  # of the pending: nothing has been heard of their work for too long
     missed: tuple[tuple[str, int, int], ...] = ()  # (client, rounds in a row, the round in which it may be asked again)
     times: tuple[float, ...] = ()  # seconds from the task to the update, of the last answers
-    evaluated: tuple[str, ...] = ()  # have answered the evaluation
+    number: int = 0  # of the masked sum that this phase leads to, or of the last one; 0: there was none
+    masks: str = ""  # MASKING: of which phase
+    measured: tuple[tuple[str, int], ...] = ()  # the summed tally of the data, by name
+    evaluated: tuple[str, ...] = ()  # have answered the evaluation, or the measuring
     evaluation: tuple[tuple[str, int], ...] = ()  # their summed tally, by name
     scores: tuple[tuple[str, tuple[float, ...]], ...] = ()  # each metric's values at those that have it
     newest: tuple[tuple[str, float], ...] = ()  # the metrics of the last round that was evaluated
@@ -104,13 +114,18 @@ class Run:
     def pending(self) -> tuple[str, ...]:
         """The clients that were asked in this phase and have not answered."""
         answered = {name for name, _ in self.failed}
-        if self.phase is Phase.TRAINING:
-            answered.update(self.folded)
-        elif self.phase is Phase.EVALUATING:
-            answered.update(self.evaluated)
-        else:
+        if self.phase is Phase.MASKING:
+            return tuple(name for name in self.ready if name not in answered)
+        if self.phase not in WORKING:
             return ()
+        answered.update(self.ready)
         return tuple(name for name in self.cohort if name not in answered)
+
+    @property
+    def ready(self) -> tuple[str, ...]:
+        """The clients that have answered in this phase; in MASKING, those who had in the one before."""
+        trained = Phase.TRAINING.value in (self.phase.value, self.masks)
+        return self.folded if trained else self.evaluated
 
     @property
     def awaited(self) -> tuple[str, ...]:
@@ -193,6 +208,24 @@ class Silence:
 
 
 @dataclass(frozen=True)
+class Unmasked:
+    """The masked sum of this number is there: who is in it, and the tally's part of it."""
+
+    number: int
+    survivors: tuple[str, ...]
+    tally: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class MaskingEnded:
+    """The masked sum of this number came to nothing; `missed`: because of these."""
+
+    number: int
+    why: str
+    missed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelCommitted:
     """This round's model is durable."""
 
@@ -248,6 +281,8 @@ Event = (
     | EvaluationArrived
     | TaskFailed
     | Silence
+    | Unmasked
+    | MaskingEnded
     | ModelCommitted
     | Broken
     | DeadlinePassed
@@ -301,6 +336,21 @@ class Hasten:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """Begin the masked sum of these clients, who are all ready; then send Unmasked or MaskingEnded."""
+
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LeaveOut:
+    """This client does no more for the masked sum that is under way."""
+
+    client: str
+    why: str
+
+
+@dataclass(frozen=True)
 class CommitModel:
     """Make the sum's mean the next model, durably, then send ModelCommitted."""
 
@@ -330,7 +380,20 @@ class EndRun:
     """Give up the turn; clients and operators learn that the run is over."""
 
 
-Effect = OpenSum | Fold | Ask | Dismiss | StartDeadline | Hasten | CommitModel | CloseRound | Suspend | EndRun
+Effect = (
+    OpenSum
+    | Fold
+    | Ask
+    | Dismiss
+    | StartDeadline
+    | Hasten
+    | Mask
+    | LeaveOut
+    | CommitModel
+    | CloseRound
+    | Suspend
+    | EndRun
+)
 Step = tuple[Run, tuple[Effect, ...]]
 
 
@@ -349,7 +412,8 @@ def on(spec: RunSpec, run: Run, event: Event) -> Step:
 
 
 def _turn(spec: RunSpec, run: Run, _: Event) -> Step:
-    return _gather(spec, run) if run.round else _next_round(spec, run)
+    measuring = spec.data.normalise == "federated" and not run.measured
+    return _gather(spec, run) if run.round or measuring else _next_round(spec, run)
 
 
 def _next_round(spec: RunSpec, run: Run) -> Step:
@@ -363,17 +427,34 @@ def _gather(spec: RunSpec, run: Run) -> Step:
     """The next attempt at this round with a cohort drawn anew, or a wait for the clients that it needs."""
     if len(run.present) < run.back:
         waits = () if run.phase is Phase.GATHERING else (StartDeadline(BACK_S),)
-        return replace(run, phase=Phase.GATHERING, cohort=(), failed=(), silent=()), waits
+        return replace(run, phase=Phase.GATHERING, masks="", cohort=(), failed=(), silent=()), waits
     run = replace(run, back=0)
     pool = _askable(spec, run)
     target = _target(spec, run, pool)
     if target is None:
-        waiting = replace(run, phase=Phase.GATHERING, cohort=(), failed=(), silent=())
+        waiting = replace(run, phase=Phase.GATHERING, masks="", cohort=(), failed=(), silent=())
         if _target(spec, run, (*pool, *_declining(run))) is None:
             return waiting, ()
         return _suspend(replace(waiting, reason=f"round {run.round}: {refusals(run)}; `seqfed resume` asks them again"))
+    if spec.privacy.secure_aggregation:
+        run = replace(run, folded=())  # ready for a sum that is given up, not for the next
     ready = replace(run, target=target, here=len(run.present))
+    if not run.round:
+        return _measure(spec, ready, pool)
     return _begin_attempt(spec, ready, choose(spec, ready, pool))
+
+
+def _measure(spec: RunSpec, run: Run, pool: tuple[str, ...]) -> Step:
+    """The step before the first round: everybody there sums up its data."""
+    state = replace(_asking(run, Phase.MEASURING), attempt=run.attempt + 1, cohort=tuple(sorted(pool)))
+    return state, (StartDeadline(spec.cohort.deadline_s), Ask(state.cohort))
+
+
+def _asking(run: Run, phase: Phase) -> Run:
+    """At the beginning of a phase in which the cohort is asked: nobody has answered, and a sum of it has a fresh number."""
+    return replace(
+        run, phase=phase, number=run.number + 1, masks="", failed=(), silent=(), evaluated=(), evaluation=(), scores=()
+    )
 
 
 def _askable(spec: RunSpec, run: Run) -> tuple[str, ...]:
@@ -431,7 +512,9 @@ def _sample(draw: Any, names: list[str], size: int) -> list[str]:
 
 def _begin_attempt(spec: RunSpec, run: Run, cohort: tuple[str, ...]) -> Step:
     """One more try at this round; the updates that are complete already count."""
-    state = replace(run, phase=Phase.TRAINING, attempt=run.attempt + 1, cohort=cohort, failed=(), silent=())
+    if spec.privacy.secure_aggregation:
+        run = replace(run, folded=())
+    state = replace(_asking(run, Phase.TRAINING), attempt=run.attempt + 1, cohort=cohort)
     folds = tuple(Fold(name) for name in (*state.folded, *(name for name, _ in state.late)))
     if _counted(spec, state) >= state.target and (state.folded or state.late):  # full already, so nobody is asked
         full, effects = _commit(spec, replace(state, cohort=tuple(sorted(state.folded))), ())
@@ -472,7 +555,8 @@ def _update(spec: RunSpec, run: Run, event: UpdateArrived) -> Step:
     grace = spec.cohort.grace_s
     hasten = (Hasten(grace),) if grace is not None and before < quorum <= now else ()
     state, effects = _settle(spec, answered)
-    return state, (Fold(event.client), *hasten, *effects)
+    folds = () if spec.privacy.secure_aggregation else (Fold(event.client),)
+    return state, (*folds, *hasten, *effects)
 
 
 def _answered(run: Run, event: UpdateArrived) -> Run:
@@ -599,6 +683,8 @@ def _refill(spec: RunSpec, run: Run) -> Step:
 def _commit(spec: RunSpec, run: Run, missed: tuple[str, ...]) -> Step:
     """The sum is complete. Who has not answered owes its update where late ones count, and is dismissed elsewhere."""
     failed = tuple(name for name, _ in run.failed)
+    if spec.privacy.secure_aggregation:
+        return _mask(_miss(run, (*missed, *failed)))
     state = replace(_miss(run, (*missed, *failed)), phase=Phase.COMMITTING, silent=())
     if spec.folds_late and run.round < spec.rounds:
         owing = (*run.owing, *((name, run.round) for name in run.awaited))
@@ -625,7 +711,8 @@ def _give_up(spec: RunSpec, run: Run, why: str, missed: tuple[str, ...]) -> Step
     failed = {name for name, _ in run.failed}
     refused = failed and not missed and failed <= {name for name, _ in run.declined}
     given_up = run.given_up + (not refused)
-    reason = f"round {run.round}, attempt {run.given_up + 1} of {spec.cohort.max_attempts}: {why}"
+    what = f"round {run.round}" if run.round else "measuring"
+    reason = f"{what}, attempt {run.given_up + 1} of {spec.cohort.max_attempts}: {why}"
     state = _miss(replace(run, given_up=given_up, reason=reason), (*missed, *(name for name, _ in run.failed)))
     if given_up >= spec.cohort.max_attempts:
         return _suspend(state)
@@ -649,6 +736,78 @@ def _dismiss(clients: Iterable[tuple[str, int]]) -> tuple[Dismiss, ...]:
     return (Dismiss(found),) if found else ()
 
 
+# Masking --------------------------------------------------------------------------------------------------------------
+
+
+def _mask(run: Run) -> Step:
+    """Everybody who is ready makes the sum; who is not is dismissed."""
+    state = replace(run, phase=Phase.MASKING, masks=run.phase.value, failed=(), silent=())
+    return state, (*_dismiss((name, run.round) for name in run.pending), Mask(state.ready))
+
+
+def _unmasked(spec: RunSpec, run: Run, event: Unmasked) -> Step:
+    _require_number(run, event.number)
+    gone = tuple(name for name in run.ready if name not in event.survivors)
+    done = replace(run, phase=Phase.COMMITTING, masks="", failed=(), silent=())
+    if run.masks == Phase.TRAINING.value:
+        return replace(_miss(done, gone), folded=event.survivors), (CommitModel(),)
+    scored = replace(done, evaluated=event.survivors, evaluation=event.tally)
+    return _measured(spec, scored) if run.masks == Phase.MEASURING.value else _close(spec, scored)
+
+
+def _masking_ended(spec: RunSpec, run: Run, event: MaskingEnded) -> Step:
+    _require_number(run, event.number)
+    if run.masks == Phase.EVALUATING.value:
+        return _close(spec, replace(run, evaluated=()))  # a score is worth no second try
+    return _give_up(spec, run, event.why, event.missed)
+
+
+def _require_number(run: Run, number: int) -> None:
+    if number != run.number:
+        raise WrongRound(f"masked sum {number} is over; {run.number} is under way")
+
+
+def _masker_failed(_: RunSpec, run: Run, event: TaskFailed) -> Step:
+    if event.round != run.round or event.client not in run.pending:
+        return run, ()
+    state = _declined(run, event)
+    return replace(state, failed=(*state.failed, (event.client, event.why))), (LeaveOut(event.client, event.why),)
+
+
+def _masker_silent(spec: RunSpec, run: Run, event: Silence) -> Step:
+    if event.over or event.client not in run.pending:
+        return run, ()
+    why = f"nothing heard for {spec.cohort.silence_s:g} s"
+    return replace(run, failed=(*run.failed, (event.client, why))), (LeaveOut(event.client, why),)
+
+
+def _maskers_changed(_: RunSpec, run: Run, event: ClientsChanged) -> Step:
+    """A lost connection alone costs nobody its place: it comes back. Who comes back without the work has lost its keys."""
+    here = _presence(run, event)
+    lost = tuple(name for name in event.arrived if name in run.pending and (name, run.round) not in event.working)
+    why = "it was started anew"
+    state = replace(here, failed=(*here.failed, *((name, why) for name in lost)))
+    return state, tuple(LeaveOut(name, why) for name in lost)
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def _measuring_settled(spec: RunSpec, run: Run) -> Step:
+    if run.awaited:
+        return run, ()
+    if len(run.evaluated) < spec.cohort.needed(run.target):
+        return _give_up(spec, run, _unanswered(spec, run), run.silent)
+    return _mask(run) if spec.privacy.secure_aggregation else _measured(spec, run)
+
+
+def _measured(spec: RunSpec, run: Run) -> Step:
+    """The data of all are known well enough to normalise them; the first round begins."""
+    state = replace(run, measured=run.evaluation, attempt=0, given_up=0)
+    begun, effects = _next_round(spec, state)
+    return begun, (*_dismiss((name, run.round) for name in run.pending), *effects)
+
+
 # Committing and evaluating --------------------------------------------------------------------------------------------
 
 
@@ -665,18 +824,19 @@ def _committed(spec: RunSpec, run: Run, event: ModelCommitted) -> Step:
     if not due or not idle:
         state, effects = _close(spec, run)
         return state, (*dismissed, *effects)
-    state = replace(run, phase=Phase.EVALUATING, cohort=tuple(sorted(idle)), failed=(), silent=())
+    state = replace(_asking(run, Phase.EVALUATING), cohort=tuple(sorted(idle)))
     return state, (*dismissed, StartDeadline(spec.cohort.deadline_s), Ask(state.cohort))
 
 
 def _evaluation(spec: RunSpec, run: Run, event: EvaluationArrived) -> Step:
     _require_round(run, event.round, event.client)
     if event.client in run.evaluated:
-        raise DuplicateUpdate(f"client '{event.client}' has already scored round {run.round}")
+        raise DuplicateUpdate(f"client '{event.client}' has already answered in round {run.round}")
     total = add([dict(run.evaluation), dict(event.tally)])
     scores = dict(run.scores)
-    for metric, value in summary(dict(event.tally)).items():
-        scores[metric] = (*scores.get(metric, ()), value)
+    if run.phase is Phase.EVALUATING:
+        for metric, value in summary(dict(event.tally)).items():
+            scores[metric] = (*scores.get(metric, ()), value)
     state = replace(
         run,
         evaluated=(*run.evaluated, event.client),
@@ -705,9 +865,9 @@ def _evaluator_silent(spec: RunSpec, run: Run, event: Silence) -> Step:
 
 def _evaluators_changed(spec: RunSpec, run: Run, event: ClientsChanged) -> Step:
     """A score is worth no wait: whoever leaves is not waited for."""
-    here = _presence(run, event)
-    back = tuple(name for name in event.arrived if name in run.pending)
-    gone = tuple((name, "left") for name in event.left if name in run.pending and name not in here.present)
+    here = _unready(spec, _presence(run, event))
+    back = tuple(name for name in event.arrived if name in here.pending)
+    gone = tuple((name, "left") for name in event.left if name in here.pending and name not in here.present)
     state, effects = _evaluation_settled(spec, replace(here, failed=(*run.failed, *gone)))
     return state, (*((Ask(back),) if back else ()), *effects)
 
@@ -715,11 +875,17 @@ def _evaluators_changed(spec: RunSpec, run: Run, event: ClientsChanged) -> Step:
 def _evaluation_deadline(spec: RunSpec, run: Run, event: DeadlinePassed) -> Step:
     if (event.round, event.attempt, event.phase) != (run.round, run.attempt, run.phase):
         return run, ()
-    return _close(spec, run)
+    return _evaluation_settled(spec, replace(run, silent=tuple({*run.silent, *run.pending})))
 
 
 def _evaluation_settled(spec: RunSpec, run: Run) -> Step:
-    return (run, ()) if run.awaited else _close(spec, run)
+    if run.phase is Phase.MEASURING:
+        return _measuring_settled(spec, run)
+    if run.awaited:
+        return run, ()
+    if not spec.privacy.secure_aggregation:
+        return _close(spec, run)
+    return _mask(run) if len(run.evaluated) >= spec.privacy.min_survivors else _close(spec, replace(run, evaluated=()))
 
 
 def _close(spec: RunSpec, run: Run, paused: str = "") -> Step:
@@ -782,8 +948,19 @@ def _waited_enough(spec: RunSpec, run: Run, event: DeadlinePassed) -> Step:
     return _gather(spec, replace(run, back=0))
 
 
+def _unready(spec: RunSpec, run: Run) -> Run:
+    """Under secure aggregation, who is ready and leaves must come back and be ready again."""
+    if not spec.privacy.secure_aggregation:
+        return run
+    return replace(
+        run,
+        folded=tuple(name for name in run.folded if name in run.present),
+        evaluated=tuple(name for name in run.evaluated if name in run.present),
+    )
+
+
 def _trainers_changed(spec: RunSpec, run: Run, event: ClientsChanged) -> Step:
-    here = _presence(run, event)
+    here = _unready(spec, _presence(run, event))
     back = tuple(name for name in event.arrived if name in here.pending)
     state, effects = _settle(spec, here) if spec.asynchronous is not None else (here, ())
     return state, (*((Ask(back),) if back else ()), *effects)
@@ -801,14 +978,14 @@ def _late(_: RunSpec, run: Run, event: UpdateArrived | EvaluationArrived | TaskF
 
 def _pause(spec: RunSpec, run: Run, _: PauseRequested) -> Step:
     reason = "paused by the operator; `seqfed resume` lets it go on"
-    if run.phase is Phase.EVALUATING:
+    if Phase.EVALUATING.value in (run.phase.value, run.masks):
         return _close(spec, run, reason)
     return _suspend(replace(run, reason=reason))
 
 
 def _suspend(run: Run) -> Step:
     """Nobody works for the run any more; what has come stays."""
-    rest = replace(run, phase=Phase.PAUSED, owing=(), failed=(), silent=())
+    rest = replace(run, phase=Phase.PAUSED, masks="", owing=(), failed=(), silent=())
     return rest, (*_dismiss(run.working), Suspend())
 
 
@@ -828,7 +1005,8 @@ def _broken(_: RunSpec, run: Run, event: Broken) -> Step:
 
 
 def _end(run: Run, phase: Phase, reason: str) -> Step:
-    return replace(run, phase=phase, reason=reason, owing=(), silent=()), (*_dismiss(run.working), EndRun())
+    ended = replace(run, phase=phase, masks="", reason=reason, owing=(), silent=())
+    return ended, (*_dismiss(run.working), EndRun())
 
 
 def _restarted(spec: RunSpec, run: Run, event: Restarted) -> Step:
@@ -837,9 +1015,15 @@ def _restarted(spec: RunSpec, run: Run, event: Restarted) -> Step:
     Killing the daemon is no fault of the run, so this attempt does not count as given up.
     """
     alone, _ = _restarted_waiting(spec, run, event)
-    match run.phase:
-        case Phase.EVALUATING:
-            return alone, (StartDeadline(spec.cohort.deadline_s), Ask(run.pending))
+    secure = spec.privacy.secure_aggregation
+    match Phase(run.masks or run.phase):
+        case Phase.EVALUATING | Phase.MEASURING as phase:
+            if secure:  # nobody has answered a sum of this number
+                cohort = run.evaluated if run.masks else run.cohort
+                alone = replace(_asking(alone, phase), cohort=cohort)
+            return alone, (StartDeadline(spec.cohort.deadline_s), Ask(alone.pending))
+        case _ if secure:
+            return _begin_attempt(spec, alone, run.cohort)
         case Phase.COMMITTING if (alone.folded, alone.late) == (run.folded, run.late):
             folds = tuple(Fold(name) for name in (*run.folded, *(name for name, _ in run.late)))
             return replace(alone, attempt=run.attempt + 1), (OpenSum(), *folds, CommitModel())
@@ -888,6 +1072,18 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[type, Callable[[RunSpec, Run, Any], St
         Broken: _broken,
         Restarted: _restarted_waiting,
     },
+    Phase.MEASURING: {
+        ClientsChanged: _evaluators_changed,
+        UpdateArrived: _late,
+        EvaluationArrived: _evaluation,
+        TaskFailed: _evaluation_failed,
+        Silence: _evaluator_silent,
+        DeadlinePassed: _evaluation_deadline,
+        PauseRequested: _pause,
+        StopRequested: _stop,
+        Broken: _broken,
+        Restarted: _restarted,
+    },
     Phase.TRAINING: {
         ClientsChanged: _trainers_changed,
         UpdateArrived: _update,
@@ -895,6 +1091,20 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[type, Callable[[RunSpec, Run, Any], St
         TaskFailed: _training_failed,
         Silence: _trainer_silent,
         DeadlinePassed: _training_deadline,
+        PauseRequested: _pause,
+        StopRequested: _stop,
+        Broken: _broken,
+        Restarted: _restarted,
+    },
+    Phase.MASKING: {
+        ClientsChanged: _maskers_changed,
+        UpdateArrived: _late,
+        EvaluationArrived: _late,
+        TaskFailed: _masker_failed,
+        Silence: _masker_silent,
+        DeadlinePassed: _unmoved,
+        Unmasked: _unmasked,
+        MaskingEnded: _masking_ended,
         PauseRequested: _pause,
         StopRequested: _stop,
         Broken: _broken,

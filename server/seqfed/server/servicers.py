@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from seqfed.common import wire
+from seqfed.common import wire, wire_masking
 from seqfed.common.config import validate_json
 from seqfed.common.errors import (
     BrokenTransfer,
@@ -20,9 +20,12 @@ from seqfed.common.errors import (
     ConfigError,
     InvalidName,
     NotAllowed,
+    RateLimited,
+    RunEnded,
     TooLarge,
     UnknownSession,
     VersionMismatch,
+    WrongRound,
     storage_error,
 )
 from seqfed.common.identity import MAX_PEM
@@ -30,7 +33,8 @@ from seqfed.common.layout import BYTES_PER_PARAMETER
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
 from seqfed.common.transfer import CHUNK_BYTES
-from seqfed.server import access
+from seqfed.server import gate
+from seqfed.server.access import Rates
 from seqfed.server.coordinator import Coordinator
 from seqfed.server.desk import Desk
 from seqfed.server.enrollment import Office
@@ -48,17 +52,19 @@ MAX_REASON = 200  # characters of an operator's words about a revocation
 MAX_SCHEMA = 256 << 10  # bytes of a client's data schema, which is kept for every client
 RUN_LETTERS = 16  # of a run's id
 MAX_FAILURE = 2_000  # characters of a client's words about a failure
+LATE = (WrongRound, RunEnded)  # what an honest client hears whose report crosses the news that its task is off
 
 
 @contextlib.asynccontextmanager
-async def refusing(context: Context) -> AsyncIterator[None]:
-    """Turns what the block raises into the call's status."""
+async def refusing(context: Context, quietly: tuple[type[Exception], ...] = ()) -> AsyncIterator[None]:
+    """Turns what the block raises into the call's status; of what is refused `quietly` the audit log says nothing."""
     try:
         yield
     except (grpc.aio.AbortError, asyncio.CancelledError):
         raise
     except Exception as error:  # noqa: BLE001 - the table decides what of it the stranger learns
-        access.tell_refused(error)
+        if not isinstance(error, quietly):
+            gate.tell_refused(error)
         await context.abort_with_status(rich_status(error))
 
 
@@ -68,6 +74,8 @@ class Federation(federation_pb2_grpc.FederationServicer):
     def __init__(self, coordinator: Coordinator, office: Office | None = None) -> None:
         self._coordinator = coordinator
         self._office = office
+        most = coordinator.settings.joins_per_minute
+        self._joins = Rates(most / 60, most)
 
     def _connection(self, context: Context) -> Connection:
         metadata = dict(context.invocation_metadata() or ())
@@ -75,7 +83,7 @@ class Federation(federation_pb2_grpc.FederationServicer):
         if not isinstance(session, str):
             raise UnknownSession(f"the call has no '{wire.SESSION_METADATA}' metadata; join first")
         connection = self._coordinator.hub.connection(session)
-        identity = access.caller()
+        identity = gate.caller()
         if identity is not None and identity.name != connection.client:
             raise NotAllowed(f"the session is not one of {identity}")
         return connection
@@ -87,9 +95,14 @@ class Federation(federation_pb2_grpc.FederationServicer):
                     f"the client speaks version {request.protocol} of the protocol, this server {wire.PROTOCOL}; "
                     "run the same version of seqfed on both sides"
                 )
-            name, identity = wire.check_client_name(request.client), access.caller()
+            name, identity = wire.check_client_name(request.client), gate.caller()
             if identity is not None and identity.name != name:
                 raise NotAllowed(f"{identity} cannot join as '{name}'; start it with --name {identity.name}")
+            if not self._joins.take(name, asyncio.get_running_loop().time()):  # before it takes from what all have
+                raise RateLimited(
+                    f"client '{name}' joins more than {self._coordinator.settings.joins_per_minute:,} times a minute "
+                    "(joins_per_minute); it can again soon"
+                )
             if not wire.HEX.fullmatch(request.instance):
                 raise InvalidName("a client's instance is 32 hex digits")
             if len(request.data_schema) > MAX_SCHEMA:
@@ -146,9 +159,16 @@ class Federation(federation_pb2_grpc.FederationServicer):
     ) -> federation_pb2.SubmitUpdateReply:
         async with refusing(context):
             client = self._connection(context).client
-            header, chunks = await _header_and_chunks(request_iterator, self._coordinator.settings.upload_stall_s)
+            header, chunks = await _header_and_chunks(request_iterator)
             duplicate = await self._coordinator.submit_update(client, wire.header_from_wire(header), chunks)
             return federation_pb2.SubmitUpdateReply(duplicate=duplicate)
+
+    async def Mask(self, request: federation_pb2.MaskRequest, context: Context) -> federation_pb2.MaskReply:
+        async with refusing(context):
+            key, number, step = wire_masking.request_from_wire(request)
+            client = self._connection(context).client
+            reply, roster = await self._coordinator.mask(client, key, number, step)
+            return wire_masking.reply_to_wire(reply, roster)
 
     async def SubmitEvaluation(
         self, request: federation_pb2.SubmitEvaluationRequest, context: Context
@@ -161,7 +181,7 @@ class Federation(federation_pb2_grpc.FederationServicer):
     async def ReportProgress(
         self, request: federation_pb2.ReportProgressRequest, context: Context
     ) -> federation_pb2.ReportProgressReply:
-        async with refusing(context):
+        async with refusing(context, quietly=LATE):
             client, key = self._connection(context).client, wire.key_from_wire(request.key)
             self._coordinator.progress(client, key, wire.progress_from_wire(request))
             return federation_pb2.ReportProgressReply()
@@ -169,7 +189,7 @@ class Federation(federation_pb2_grpc.FederationServicer):
     async def ReportFailure(
         self, request: federation_pb2.ReportFailureRequest, context: Context
     ) -> federation_pb2.ReportFailureReply:
-        async with refusing(context):
+        async with refusing(context, quietly=LATE):
             why = f"{wire.clean(request.reason, 64)}: {wire.clean(request.message, MAX_FAILURE)}"
             key = wire.key_from_wire(request.key)
             await self._coordinator.report_failure(self._connection(context).client, key, why)
@@ -177,7 +197,7 @@ class Federation(federation_pb2_grpc.FederationServicer):
 
     async def Renew(self, request: federation_pb2.RenewRequest, context: Context) -> federation_pb2.Certificate:
         async with refusing(context):
-            identity = access.caller()
+            identity = gate.caller()
             if identity is None or self._office is None:
                 raise ConfigError("this server renews no certificates: it was started without --tls or without --ca")
             return await self._office.renew(request.csr, identity)
@@ -196,7 +216,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
         self, request_iterator: AsyncIterator[admin_pb2.SubmitRequest], context: Context
     ) -> admin_pb2.SubmitReply:
         async with refusing(context):
-            header, chunks = await _header_and_chunks(request_iterator, self._settings.upload_stall_s)
+            header, chunks = await _header_and_chunks(request_iterator)
             spec = validate_json(RunSpec, header.spec, "the run's specification")
             signed = self._signed(spec, header.signature, header.certificate)
             if not header.checkpoint_bytes:
@@ -227,7 +247,7 @@ class Admin(admin_pb2_grpc.AdminServicer):
 
         In plaintext there is no CA to hold a signature against: it is handed on as it came, for the clients to judge.
         """
-        identity = access.caller()
+        identity = gate.caller()
         if len(signature) > MAX_SIGNATURE or len(certificate) > MAX_PEM:
             raise TooLarge(
                 f"a signature of {len(signature):,} bytes and a certificate of {len(certificate):,} came; "
@@ -260,15 +280,15 @@ class Admin(admin_pb2_grpc.AdminServicer):
 
     async def StopRun(self, request: admin_pb2.StopRunRequest, context: Context) -> admin_pb2.RunStatus:
         async with refusing(context):
-            return wire.run_to_wire(await self._desk.stop(request.run, access.caller_name()))
+            return wire.run_to_wire(await self._desk.stop(request.run, gate.caller_name()))
 
     async def PauseRun(self, request: admin_pb2.PauseRunRequest, context: Context) -> admin_pb2.RunStatus:
         async with refusing(context):
-            return wire.run_to_wire(await self._desk.pause(request.run, access.caller_name()))
+            return wire.run_to_wire(await self._desk.pause(request.run, gate.caller_name()))
 
     async def ResumeRun(self, request: admin_pb2.ResumeRunRequest, context: Context) -> admin_pb2.RunStatus:
         async with refusing(context):
-            return wire.run_to_wire(await self._desk.resume(request.run, access.caller_name()))
+            return wire.run_to_wire(await self._desk.resume(request.run, gate.caller_name()))
 
     async def ListClients(
         self, request: admin_pb2.ListClientsRequest, context: Context
@@ -279,12 +299,12 @@ class Admin(admin_pb2_grpc.AdminServicer):
 
     async def RevokeClient(self, request: admin_pb2.RevokeClientRequest, context: Context) -> admin_pb2.ClientStatus:
         async with refusing(context):
-            if access.caller() is None:
+            if gate.caller() is None:
                 raise NotAllowed(
                     "this server speaks plaintext: there are no certificates to revoke; start it with --tls"
                 )
             reason = wire.clean(request.reason, MAX_REASON)
-            return wire.client_to_wire(await self._desk.revoke(request.client, reason, access.caller_name()))
+            return wire.client_to_wire(await self._desk.revoke(request.client, reason, gate.caller_name()))
 
     async def ListAudit(
         self, request: admin_pb2.ListAuditRequest, context: Context
@@ -310,12 +330,10 @@ class Admin(admin_pb2_grpc.AdminServicer):
                     offset += len(data)
 
 
-async def _header_and_chunks(
-    messages: AsyncIterator[Any], stall_s: float
-) -> tuple[Any, AsyncIterator[tuple[int, bytes]]]:
+async def _header_and_chunks(messages: AsyncIterator[Any]) -> tuple[Any, AsyncIterator[tuple[int, bytes]]]:
     """The first message's header, and the (offset, data) of the chunks after it; raises BrokenTransfer.
 
-    The header must come within `stall_s` seconds; the chunks are the reader's to wait for.
+    The gate sees to it that the header comes; the chunks are the reader's to wait for.
     """
 
     async def chunks() -> AsyncIterator[tuple[int, bytes]]:
@@ -324,12 +342,8 @@ async def _header_and_chunks(
                 raise BrokenTransfer("something else than a chunk came in the middle of a stream")
             yield message.chunk.offset, message.chunk.data
 
-    try:
-        async with asyncio.timeout(stall_s):
-            async for message in messages:
-                if message.WhichOneof("part") == "header":
-                    return message.header, chunks()
-                break
-    except TimeoutError:
-        raise BrokenTransfer(f"no header came for {stall_s:g} s (upload_stall_s)") from None
+    async for message in messages:
+        if message.WhichOneof("part") == "header":
+            return message.header, chunks()
+        break
     raise BrokenTransfer("the stream did not begin with a header")

@@ -71,11 +71,17 @@ class ServerSettings(Settings):
     )
     max_clients: int = Field(default=10_000, ge=1, description="connected at the same time")
     joins_per_s: float = Field(default=200.0, gt=0, description="clients that may come in a second; more are told when")
+    joins_per_minute: int = Field(
+        default=60, ge=1, description="times that one client may come in a minute; more are refused"
+    )
     calls_per_s: float = Field(
         default=200.0, gt=0, description="calls of one client or operator in a second, over a while; more are refused"
     )
     calls_burst: int = Field(default=1000, ge=1, description="calls that it may make at once after a pause")
-    calls_open: int = Field(default=64, ge=4, description="calls of one client or operator at the same time")
+    calls_open: int = Field(default=32, ge=4, description="calls of one client or operator at the same time")
+    message_s: float = Field(
+        default=30.0, gt=0, le=3600, description="seconds within which a call's message must come once it has begun"
+    )
     uploads_per_client: int = Field(
         default=4, ge=1, description="uploads of one client at the same time, broken ones too"
     )
@@ -93,7 +99,7 @@ class ServerSettings(Settings):
     refusals_per_minute: int = Field(
         default=20,
         ge=1,
-        description="refused calls of one peer that get a line each in the audit log; more are counted",
+        description="refused calls of one member, or of all strangers, that get a line each in the audit log; more are counted",
     )
     max_streams: int = Field(default=32, ge=4, le=10_000, description="calls at the same time over one connection")
     progress_s: float = Field(

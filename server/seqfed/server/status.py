@@ -46,6 +46,8 @@ STATUS: Final[Mapping[type[errors.SeqfedError], grpc.StatusCode]] = {
     errors.PolicyRefused: grpc.StatusCode.FAILED_PRECONDITION,
     errors.RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.AuditBroken: grpc.StatusCode.DATA_LOSS,
+    errors.MaskingRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.MaskingFailed: grpc.StatusCode.ABORTED,
     errors.UnknownRun: grpc.StatusCode.NOT_FOUND,
     errors.RunEnded: grpc.StatusCode.FAILED_PRECONDITION,
     errors.NoModel: grpc.StatusCode.NOT_FOUND,

@@ -152,13 +152,23 @@ class Store:
     # runs
 
     def create(
-        self, run: str, spec: RunSpec, model: ModelFile, signed: Signed = UNSIGNED, notes: Sequence[Note] = ()
+        self,
+        run: str,
+        spec: RunSpec,
+        model: ModelFile,
+        signed: Signed = UNSIGNED,
+        notes: Sequence[Note] = (),
+        require: Callable[[], object] = lambda: None,
     ) -> None:
-        """A queued run with its initial model, which lies at model_path(run, 0)."""
+        """A queued run with its initial model, which lies at model_path(run, 0).
+
+        `require`: asked when no other writer can come between; what it raises is raised, and there is no run.
+        """
         if self._copies is not None:
             self._copies.put(run, model.path)
         row = {"spec": spec.canonical.decode(), "state": dump_state(Run()), "bytes_up": 0, "bytes_down": 0}
         with self._writing(notes) as connection:
+            require()
             connection.execute(RUNS.insert().values(run=run, **row, **vars(signed)))
             _add_model(connection, run, 0, model)
 
@@ -293,14 +303,19 @@ class Store:
 
     # who belongs
 
-    def use_nonce(self, nonce: str, expires: float) -> bool:
-        """Note that this token is used up; False if it was before. Of those that have long expired nothing is kept."""
-        with self._writing() as connection:
+    def use_nonce(self, nonce: str, expires: float, notes: Sequence[Note] = ()) -> bool:
+        """Note that this token is used up, and `notes` with it; False, and no notes, if it was before.
+
+        Of those that have long expired nothing is kept.
+        """
+        with self._appending, self._writing() as connection:
             old = self._database.now(connection) - NONCE_KEPT_S
             connection.execute(NONCES.delete().where(NONCES.c.expires < old))
             if connection.execute(sa.select(NONCES.c.nonce).where(NONCES.c.nonce == nonce)).first() is not None:
                 return False
             connection.execute(NONCES.insert().values(nonce=nonce, expires=expires))
+            if notes:
+                audit.append(connection, notes)
         return True
 
     def revoke(self, client: str, at: float, reason: str, notes: Sequence[Note] = ()) -> None:

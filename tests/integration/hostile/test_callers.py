@@ -128,8 +128,9 @@ async def test_who_was_not_asked_says_nothing_of_a_round(tmp_path: Path) -> None
                 with typed():
                     await call(m.stub, wire.key_to_wire(siege.task.key), m.metadata)
             except SeqfedError as refusal:
-                siege.lines.append(("client:m", FEDERATION + method, type(refusal).__name__))
                 assert type(refusal) is WrongRound, (method, refusal)
+                if not method.startswith("Report"):  # an honest one may be late with these
+                    siege.lines.append(("client:m", FEDERATION + method, "WrongRound"))
             else:
                 assert method == "UploadStatus", method  # whose answer is that there is nothing
         await m.leave()

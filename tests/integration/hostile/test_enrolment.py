@@ -16,12 +16,13 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from tests.integration.hostile.siege import Siege, a_token, besieged
-from tests.server.conftest import Site, soon
+from tests.server.conftest import Site, busy_database, soon
 
 from seqfed.client.enroll import enroll
 from seqfed.common import authority, identity, tokens
 from seqfed.common.errors import NotAllowed, RateLimited, Unauthenticated
 from seqfed.common.identity import Role
+from seqfed.server import audit, enrollment
 from seqfed.v1 import federation_pb2
 from seqfed.v1.federation_pb2_grpc import EnrollmentStub
 
@@ -167,7 +168,7 @@ async def test_a_flood_of_bad_tokens_keeps_no_good_one_out(tmp_path: Path) -> No
         assert heard == {"UNAUTHENTICATED", "RESOURCE_EXHAUSTED"}
         assert (await ask(siege, a_token(siege.server.ca, "new"), csr())).certificate
         siege.lines += [(HERE, METHOD, "Unauthenticated")] * 5
-        siege.more[HERE] = 55  # counted, not told one by one
+        siege.more[audit.STRANGERS] = 55  # counted, not told one by one
 
 
 async def test_a_renewal_makes_nobody_somebody_else(tmp_path: Path) -> None:
@@ -180,6 +181,40 @@ async def test_a_renewal_makes_nobody_somebody_else(tmp_path: Path) -> None:
         for make in REQUESTS.values():
             with siege.refused(Unauthenticated, "client:m", "/seqfed.v1.Federation/Renew"):
                 await m.stub.Renew(federation_pb2.RenewRequest(csr=make()))
+
+
+async def test_a_certificate_is_written_down_before_it_is_given_out(tmp_path: Path) -> None:
+    """Who has one, and kills the server at once, is in the log all the same: nothing of this is written behind."""
+    async with besieged(tmp_path) as siege:
+        m = Site(await siege.server.channel(Role.CLIENT, "m"), "m")
+        for reply, kind in (
+            (ask(siege, a_token(siege.server.ca, "new"), csr()), audit.Kind.ENROLLED),
+            (m.stub.Renew(federation_pb2.RenewRequest(csr=csr())), audit.Kind.RENEWED),
+        ):
+            found = identity.identity_of((await reply).certificate)
+            with audit.reading(tmp_path / "state", None) as entries:
+                said = [(one.kind, json.loads(one.body).get("serial")) for one in entries]
+            assert (kind, f"{found.serial:x}") in said
+
+
+async def test_renewals_do_not_make_the_log_grow(tmp_path: Path) -> None:
+    async with besieged(tmp_path) as siege:
+        m = Site(await siege.server.channel(Role.CLIENT, "m"), "m")
+        request = federation_pb2.RenewRequest(csr=csr())
+        for _ in range(enrollment.RENEWALS):
+            await m.stub.Renew(request)
+        for _ in range(5):
+            with siege.refused(RateLimited, "client:m", "/seqfed.v1.Federation/Renew", "was given 10 certificates"):
+                await m.stub.Renew(request)
+        assert len([one for one in await siege.server.audit() if one.kind == audit.Kind.RENEWED]) == enrollment.RENEWALS
+
+
+async def test_a_used_token_is_no_work_for_the_database(tmp_path: Path) -> None:
+    async with besieged(tmp_path) as siege:
+        token = a_token(siege.server.ca, "new")
+        await ask(siege, token, csr())
+        with busy_database(tmp_path / "state"), siege.refused(Unauthenticated, HERE, METHOD, "was used before"):
+            await ask(siege, token, csr())
 
 
 async def test_the_counter_speaks_only_to_who_trusts_its_ca(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The attacker is `b` itself, whose update is still awaited: after every refusal i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.integration.hostile.siege import FEDERATION, Siege, besieged
-from tests.server.conftest import soon
+from tests.server.conftest import soon, typed
 
 from seqfed.common import wire
 from seqfed.common.errors import (
@@ -114,7 +115,6 @@ REFUSED: dict[type[SeqfedError], dict[str, tuple[Attack, str]]] = {
     },
     BrokenTransfer: {
         "a chunk before the header": (raw(body, header), "did not begin with a header"),
-        "nothing": (raw(), "did not begin with a header"),
         "an empty message": (raw(lambda _: SubmitUpdateRequest()), "did not begin with a header"),
         "two headers": (raw(header, half, header, body), "something else than a chunk"),
         "an empty message amid": (raw(header, half, lambda _: SubmitUpdateRequest()), "something else than a chunk"),
@@ -134,8 +134,8 @@ REFUSED: dict[type[SeqfedError], dict[str, tuple[Attack, str]]] = {
         "a long checksum": (changed(digest=bytes(1 << 16)), "a BLAKE3 digest has 32 bytes, 65536 came"),
     },
     TooLarge: {
-        "16 EiB announced": (changed(nbytes=(1 << 64) - 4), "the run's model has"),
-        "a number too many announced": (longer(4), "the run's model has"),
+        "16 EiB announced": (changed(nbytes=(1 << 64) - 4), "one of this run has"),
+        "a number too many announced": (longer(4), "one of this run has"),
     },
     LayoutMismatch: {
         "a number too few announced": (longer(-4), "is not the run's"),
@@ -208,6 +208,13 @@ async def test_an_old_session_is_worth_nothing(tmp_path: Path) -> None:
         siege.b.metadata = now
 
 
+async def test_an_upload_of_nothing_is_refused_without_a_line(tmp_path: Path) -> None:
+    """So do those look whose connection is lost."""
+    async with besieged(tmp_path) as siege:
+        with pytest.raises(BrokenTransfer, match="did not begin with a header"), typed():
+            await raw()(siege)
+
+
 async def test_calls_before_their_time_are_refused(tmp_path: Path) -> None:
     async with besieged(tmp_path) as siege:
         with siege.refused(WrongRound, "client:b", FEDERATION + "SubmitEvaluation"):
@@ -222,11 +229,8 @@ async def test_a_failure_of_another_round_harms_nothing(tmp_path: Path) -> None:
     async with besieged(tmp_path) as siege:
         for round_ in (0, 1, 3, (1 << 32) - 1):
             key = replace(siege.task.key, round=round_)
-            try:
+            with contextlib.suppress(WrongRound):  # of which there is no line: an honest report may be late
                 await siege.b.fail(replace(siege.task, key=key))
-            except SeqfedError as refusal:
-                siege.lines.append(("client:b", FEDERATION + "ReportFailure", type(refusal).__name__))
-                assert type(refusal) is WrongRound, refusal
 
 
 # Floods of one client -------------------------------------------------------------------------------------------------

@@ -149,6 +149,7 @@ def data_section(
     stride: int | None = None,
     horizon: int = 0,
     missing: Literal["refuse", "mask", "forward", "mean"] | None = None,
+    normalise: Literal["given", "federated"] = "given",
     grid: float | None = None,
     unit: Literal["characters", "words"] = "characters",
     tokens: int | None = None,
@@ -157,12 +158,13 @@ def data_section(
     """The [data] table of a run for these data; what is None is left out or guessed. Whoever makes a run of it
     validates it.
 
-    task: what the run is for; left out, `task_of` guesses. tokens: size of the vocabulary at most; least: how often a token
-    must be there to be in it. Raises DataError if the data have no input, or not the labels of the task.
+    task: what the run is for; left out, `task_of` guesses. normalise: the columns' mean and scale are these data's, or left
+    for the run to find. tokens: size of the vocabulary at most; least: how often a token must be there to be in it. Raises
+    DataError if the data have no input, or not the labels of the task.
     """
     found = describe(source, settings)
     task = task_of(found, settings) if task is None else task
-    section: dict[str, Any] = {}
+    section: dict[str, Any] = {} if normalise == "given" else {"normalise": normalise}
     if found.kind == "texts":
         most = (10_000 if unit == "words" else 1000) if tokens is None else tokens
         section |= {"vocabulary": vocabulary(source, unit, most, least), "unit": unit}
@@ -176,7 +178,9 @@ def data_section(
             raise DataError(
                 f"{found.source}: only who wrote it knows its columns; write the run by hand (check: --run)"
             )
-        section |= _number_section(source, settings, found, missing)
+        section = _number_section(source, settings, found, missing) | section
+        if normalise != "given":
+            del section["mean"], section["scale"]
         if settings.variable is not None:
             if grid is None:
                 raise DataError(

@@ -30,6 +30,7 @@ from seqfed.client.settings import DataSettings
 from seqfed.common.errors import DataError, SchemaMismatch
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import DataSpec, RunSpec
+from seqfed.common.statistics import LIMIT, Sums
 
 CELLS: Final = 1 << 20  # numbers worked on at once
 
@@ -149,11 +150,13 @@ class Numbers:
 
     def prepare(self, spec: RunSpec) -> ClientData:
         """The run's sequences; raises SchemaMismatch or DataError with file, row, column and remedy."""
-        if spec.data.vocabulary is not None:
-            raise SchemaMismatch(f"{self.training.frame.source} has numbers, the run wants texts (a vocabulary)")
-        names = columns_of(self.training.frame, spec.data, self._settings)
+        if spec.data.normalise == "federated":
+            raise SchemaMismatch(
+                "the run's mean and scale are not known yet (data.normalise = 'federated'), and its sequences depend on them; "
+                "run the server and this client with the same version of seqfed"
+            )
         frame = self.training.frame
-        view = view_of(frame, names, spec.data, self._settings)
+        view = self._view(spec)
         rows, holes = self._rows(view, frame, spec)
         parts = _divided(view.begins, view.ends, frame, self._settings, self.validation is not None)
         training, refused = self._cut(self.training, view, rows, holes, parts[0], spec)
@@ -161,21 +164,59 @@ class Numbers:
             validation, more = self._cut(self.training, view, rows, holes, parts[1], spec)
         else:
             other = self.validation.frame
-            view = view_of(other, names, spec.data, self._settings)
+            view = view_of(other, view.names, spec.data, self._settings)
             rows, holes = self._rows(view, other, spec)
             every = (view.begins, view.ends, np.arange(len(view.begins), dtype=np.int64))
             validation, more = self._cut(self.validation, view, rows, holes, every, spec)
             if validation.entities is not None and frame.entities:
                 validation = replace(validation, entities=validation.entities + len(frame.entities))
         if len(training) == 0:
-            why = (
-                refused.said(0)
-                or f"no entity has {1 + _ahead(spec, self._settings)} rows, as windows and their labels need"
-            )
-            raise DataError(f"{frame.source}: no sequence is left to train on: {why}")
+            raise self._nothing(refused, spec)
         refused += more
         entities = frame.entities + (self.validation.frame.entities if self.validation is not None else ())
         return ClientData(training, validation, entities, refused.said(len(training) + len(validation)))
+
+    def measure(self, spec: RunSpec) -> dict[str, int]:
+        """The exact sums of `seqfed.common.statistics` over the numbers that are there in the sequences to train on, each row
+        counted once, however many windows it is in. Raises SchemaMismatch or DataError, as `prepare`.
+        """
+        view = self._view(spec)
+        holes = _holes(view) if spec.data.missing == "refuse" else None
+        part, _ = _divided(view.begins, view.ends, self.training.frame, self._settings, self.validation is not None)
+        training, refused = self._cut(self.training, view, np.empty((0, 0), np.float32), holes, part, spec)
+        if len(training) == 0:
+            raise self._nothing(refused, spec)
+        # How many sequences begin in a row, less those that ended before it: how many it is in.
+        turns = np.bincount(training.starts, minlength=view.rows + 1)
+        turns -= np.bincount(training.starts + training.lengths, minlength=view.rows + 1)
+        used = turns.cumsum()[:-1] > 0
+        sums = Sums(len(view.names))
+        for first, end in _blocks(view.rows, len(view.names)):
+            rows = np.flatnonzero(used[first:end])
+            block = view.block(first, end)[rows]
+            large = np.argwhere(np.abs(block) >= LIMIT)
+            if len(large):
+                row, column = (int(one) for one in large[0])
+                raise DataError(
+                    f"{view.place(first + int(rows[row]))}, column '{view.names[column]}': is too large for "
+                    f"data.normalise = 'federated', which takes numbers below {LIMIT:.3g}; is it a mistake, or a code for a "
+                    "missing value (data.missing_values)?"
+                )
+            sums.add(block)
+        return sums.tally()
+
+    def _view(self, spec: RunSpec) -> View:
+        frame = self.training.frame
+        if spec.data.vocabulary is not None:
+            raise SchemaMismatch(f"{frame.source} has numbers, the run wants texts (a vocabulary)")
+        return view_of(frame, columns_of(frame, spec.data, self._settings), spec.data, self._settings)
+
+    def _nothing(self, refused: Refused, spec: RunSpec) -> DataError:
+        why = (
+            refused.said(0)
+            or f"no entity has {1 + _ahead(spec, self._settings)} rows, as windows and their labels need"
+        )
+        return DataError(f"{self.training.frame.source}: no sequence is left to train on: {why}")
 
     def _rows(self, view: View, frame: Frame, spec: RunSpec) -> tuple[Floats, Ints | None]:
         """The rows as the network sees them, float32 (R, inputs); and how many incomplete ones come before each, (R + 1,),
@@ -305,6 +346,14 @@ class Numbers:
             lambda row, _: view.place(int(at[row])),
         )
         return targets(of_rows, spec, np.arange(len(left), dtype=np.int64))
+
+
+def _holes(view: View) -> Ints | None:
+    """How many incomplete rows come before each, (R + 1,); None if none is incomplete."""
+    holes = np.zeros(view.rows + 1, np.int64)
+    for first, end in _blocks(view.rows, len(view.names)):
+        holes[first + 1 : end + 1] = np.isnan(view.block(first, end)).any(axis=1)
+    return holes.cumsum() if holes.any() else None
 
 
 def no_label(source: str, spec: RunSpec) -> DataError:

@@ -21,7 +21,7 @@ from seqfed.client.data.text import Texts, Tokens, of_frame, read_texts
 from seqfed.client.data.wide import widen
 from seqfed.client.data.windows import held_out_rows
 from seqfed.client.settings import DataSettings
-from seqfed.common.errors import DataError
+from seqfed.common.errors import DataError, SchemaMismatch
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
 
@@ -38,6 +38,10 @@ class Source(Protocol):
 
     def prepare(self, spec: RunSpec) -> ClientData:
         """The run's sequences; raises SchemaMismatch or DataError with file, row, column and remedy."""
+        ...
+
+    def measure(self, spec: RunSpec) -> dict[str, int]:
+        """The exact sums of the columns to train on (`seqfed.common.statistics.names`); raises as `prepare`."""
         ...
 
 
@@ -61,6 +65,12 @@ class Made:
 
     def prepare(self, spec: RunSpec) -> ClientData:
         return ClientData(self.training, self.validation)
+
+    def measure(self, spec: RunSpec) -> dict[str, int]:
+        raise SchemaMismatch(
+            "the data are Sequences that a function made, as the network is to see them, and the run normalises them "
+            "(data.normalise = 'federated'); return x, y[, lengths] from it instead"
+        )
 
 
 def open_source(settings: DataSettings) -> Source:

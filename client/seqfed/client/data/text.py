@@ -239,6 +239,10 @@ class Tokens:
         entities = self.training.entities + (self.validation.entities if self.validation is not None else ())
         return ClientData(training, validation, entities, (refused + more).said(len(training) + len(validation)))
 
+    def measure(self, spec: RunSpec) -> dict[str, int]:
+        """Raises SchemaMismatch: tokens have no mean."""
+        raise SchemaMismatch(f"{self.training.source} has texts, the run wants numbers")
+
     def _coded(self, texts: Texts | TokenRows, spec: RunSpec) -> Coded:
         if isinstance(texts, Texts):
             return code(texts, spec.data, self._store)

@@ -40,6 +40,9 @@ def demo(
     grid: Annotated[
         float | None, typer.Option(help="With --data in long format: a step's length, in the unit of the time column.")
     ] = None,
+    secure: Annotated[
+        bool, typer.Option("--secure", help="Secure aggregation: the server sees sums over the clients only.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, last line.")] = False,
 ) -> None:
     """Train one model on data split among several processes of this machine, and see why to federate.
@@ -51,5 +54,5 @@ def demo(
     """
     from seqfed.client.demo.run import Settings, run
 
-    settings = Settings(clients, rounds, model.value, partition.value, alpha, seed, out, data, task, grid)
+    settings = Settings(clients, rounds, model.value, partition.value, alpha, seed, out, data, task, grid, secure)
     run(settings, as_json=as_json)

@@ -35,7 +35,7 @@ from seqfed.common.layout import Parameters
 from seqfed.common.metrics import metric_names, summary
 from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.seeds import generator
-from seqfed.common.spec import CohortSpec, DataSpec, ModelSpec, RunSpec, TrainingSpec
+from seqfed.common.spec import CohortSpec, DataSpec, ModelSpec, PrivacySpec, RunSpec, TrainingSpec
 from seqfed.common.views import RunView
 
 HELD_OUT = 0.2  # of the digits: nobody trains on them, and each client scores its share of them
@@ -55,6 +55,7 @@ class Settings:
     data: DataTable = field(default_factory=dict)
     task: str | None = None
     grid: float | None = None
+    secure: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,13 @@ def run(settings: Settings, *, as_json: bool) -> None:
         if not len(held_out):
             raise ConfigError("no client holds enough to hold any of it out; take fewer --clients, or more data")
         try:
+            if settings.secure:
+                spec = masked(spec, max(len(site.data.training) for site in sites))
+                console.print(
+                    f"secure aggregation: {spec.privacy.b} bits a parameter, against a server that lies; a client counts for "
+                    f"{spec.aggregation.max_weight} sequences at most, and {spec.privacy.min_survivors} or more are in a sum",
+                    soft_wrap=True,
+                )
             view = federate(settings, spec, sites, work, console)
             if view.phase != "finished":
                 raise TrainingFailed(f"the run {view.phase}: {view.reason}; the logs are in {settings.out / 'logs'}")
@@ -130,6 +138,19 @@ def _complete(settings: Settings, spec: RunSpec, clients: int) -> RunSpec:
         model=ModelSpec.model_validate({"kind": settings.model}),
         training=TrainingSpec(epochs=2),
         cohort=CohortSpec(min_clients=clients),
+    )
+
+
+def masked(spec: RunSpec, largest: int) -> RunSpec:
+    """The same run with secure aggregation, for clients of at most so many sequences."""
+    weight = 1 << (largest - 1).bit_length()  # of the size only its magnitude becomes public
+    survivors = min(PrivacySpec().min_survivors, spec.cohort.min_clients)
+    return RunSpec.model_validate(
+        {
+            **spec.model_dump(),
+            "aggregation": {"max_weight": weight},
+            "privacy": {"secure_aggregation": True, "min_survivors": survivors},
+        }
     )
 
 

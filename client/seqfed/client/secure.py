@@ -1,0 +1,118 @@
+"""A client's way through one masked sum: each step of `seqfed.common.masking.client`, sent to the server and answered by it.
+
+The server is asked through `ask` and `send` only, which go on over lost connections; what it answers is the half's to judge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from blake3 import blake3
+
+from seqfed.client.work import LocalUpdate
+from seqfed.common.errors import MaskingRefused
+from seqfed.common.masking.agreed import (
+    largest_weight,
+    lattice_of,
+    rotation_seed,
+    scalar_names,
+    terms_of,
+    weight_of,
+)
+from seqfed.common.masking.messages import Confirmed, Delivery, Done, MaskedInput, Reply, Request, Roster, Survivors
+from seqfed.common.masking.terms import Purpose, Terms
+from seqfed.common.quantising import quantise
+from seqfed.common.seeds import generator
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from seqfed.client.masking import Masking
+    from seqfed.common.masking.client import Client
+    from seqfed.common.views import Task
+
+R = TypeVar("R", Roster, Delivery, Survivors, Confirmed, Done)
+Given = LocalUpdate | Mapping[str, int]  # what goes into the sum: a training's update, or the sums over its own data
+Ask = Callable[[Request, Sequence[str]], Awaitable[Reply]]  # (a step, the roster's names) -> the server's answer
+Send = Callable[[bytes, bytes], Awaitable[None]]  # (the packed vector, its BLAKE3)
+
+
+async def take_part(masking: Masking, task: Task, given: Given, ask: Ask, send: Send) -> None:
+    """Be in the masked sum of task.key and task.masking, from the advertisement to the opening.
+
+    Raises MaskingRefused, ConfigError for terms that cannot be, and what `ask` and `send` raise; the secrets are then forgotten.
+    """
+    threads, log, key = asyncio.to_thread, masking.log, task.key
+    digest = given.digest if isinstance(given, LocalUpdate) else _digest(task, given)
+    if digest in await threads(log.opened, key):
+        raise MaskingRefused(
+            "what this client has to give was in a sum of this round that may have been opened, and it gives nothing twice"
+        )
+    terms = _terms(task, given)
+    half = masking.begin(task.spec, terms)
+    try:
+        roster = _due(Roster, await ask(half.advertise(), ()))
+        names = roster.names
+        delivery = _due(Delivery, await ask(await threads(half.share, roster), names))
+        packed, masked = await threads(_masked, half, delivery, terms, task, masking.name, given)
+        if packed:
+            await send(packed, masked.digest)
+        del packed
+        survivors = _due(Survivors, await ask(masked, names))
+        confirmed = _due(Confirmed, await ask(half.confirm(survivors), names))
+        opening = await threads(half.open, confirmed)
+        await threads(log.note_opened, key, digest)
+        _due(Done, await ask(opening, names))
+    finally:
+        half.wipe()
+
+
+def contribution(
+    terms: Terms, task: Task, client: str, given: Given
+) -> tuple[NDArray[np.unsignedinteger[Any]] | None, list[int]]:
+    """This client's vector (None if the sum has none) and scalars, before they are masked."""
+    spec, round_ = task.spec, task.key.round
+    vector = None
+    if isinstance(given, LocalUpdate):
+        weight = weight_of(spec, given.weight)
+        draw = generator(spec.seed, round_, client, "rounding")
+        share, seed = weight / largest_weight(spec), rotation_seed(spec, round_)
+        vector, clipped = quantise(given.delta, share, lattice_of(spec, terms), seed, draw)
+        tally = {**given.tally, "weight": weight, "clients": 1, "clipped": int(clipped)}
+    else:
+        tally = dict(given)
+    names = scalar_names(spec, terms.purpose)
+    if strange := set(tally) - set(names):
+        raise MaskingRefused(
+            f"this client's sums have '{min(strange)}', for which the run's masked scalars have no place"
+        )
+    return vector, [tally.get(name, 0) for name in names]
+
+
+def _terms(task: Task, given: Given) -> Terms:
+    if task.masking is None:
+        raise MaskingRefused("the server's task has no number of a masked sum; run the same version on both sides")
+    dim = given.delta.size if isinstance(given, LocalUpdate) else 0
+    chosen, purpose = task.masking, Purpose(task.kind.value)
+    return terms_of(task.spec, task.key, purpose, chosen.number, chosen.n_max, task.model.digest, task.statistics, dim)
+
+
+def _digest(task: Task, tally: Mapping[str, int]) -> bytes:
+    """Of a tally; the same numbers of another model are others."""
+    return blake3(repr((task.kind.value, task.model.digest, sorted(tally.items()))).encode()).digest()
+
+
+def _masked(
+    half: Client, delivery: Delivery, terms: Terms, task: Task, client: str, given: Given
+) -> tuple[bytes, MaskedInput]:
+    vector, scalars = contribution(terms, task, client, given)
+    return half.mask(delivery, vector, scalars)
+
+
+def _due(kind: type[R], reply: Reply) -> R:
+    if not isinstance(reply, kind):
+        raise MaskingRefused(f"the server answers with {type(reply).__name__} where {kind.__name__} is due")
+    return reply
