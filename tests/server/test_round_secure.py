@@ -150,7 +150,7 @@ def test_scores_are_masked_too() -> None:
     total = tuple(sorted(dict(score(3.0, 2, 4)).items()))
     run, effects = on(spec, run, Unmasked(2, ("a", "c"), total))
     assert run.phase is Phase.FINISHED
-    assert effects == (CloseRound(1, {"loss": 0.75, "accuracy": 0.5}, {}, 4, 0), EndRun())
+    assert effects == (CloseRound(1, {"loss": 0.75, "accuracy": 0.5}, {}, 4, 2), EndRun())
 
 
 def test_too_few_scores_are_not_summed_and_a_lost_sum_of_them_is_worth_no_second_try() -> None:
@@ -217,6 +217,17 @@ def test_measuring_is_masked_in_a_secure_run() -> None:
     assert effects == (Mask(("a", "b", "c")),)
     run, _ = on(spec, run, Unmasked(1, ("a", "b", "c"), (("count.0", 9),)))
     assert (run.phase, run.round, run.measured, run.number) == (Phase.TRAINING, 1, (("count.0", 9),), 2)
+
+
+def test_a_measuring_whose_sums_were_sent_is_not_tried_again() -> None:
+    spec = secure(data__normalise="federated")
+    run, _ = follow(spec, Run(), here("a", "b", "c"), Turn(), *(EvaluationArrived(0, name, ()) for name in "abc"))
+    again, effects = on(spec, run, MaskingEnded(1, "x"))
+    assert (again.phase, again.number, effects[-1]) == (Phase.MEASURING, 2, Ask(("a", "b", "c")))
+    for event in (MaskingEnded(1, "x", given=True), Restarted()):
+        ended, effects = on(spec, run, event)
+        assert (ended.phase, effects[-1]) == (Phase.FAILED, EndRun())
+        assert ended.reason.endswith("of the same data they give nothing twice; submit the run anew")
 
 
 class Model:

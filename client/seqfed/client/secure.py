@@ -58,13 +58,14 @@ async def take_part(masking: Masking, task: Task, given: Given, ask: Ask, send: 
         names = roster.names
         delivery = _due(Delivery, await ask(await threads(half.share, roster), names))
         packed, masked = await threads(_masked, half, delivery, terms, task, masking.name, given)
+        # From here on the others can open the sum, whether this client hears of it or not.
+        await threads(log.note_opened, key, digest)
         if packed:
             await send(packed, masked.digest)
         del packed
         survivors = _due(Survivors, await ask(masked, names))
         confirmed = _due(Confirmed, await ask(half.confirm(survivors), names))
         opening = await threads(half.open, confirmed)
-        await threads(log.note_opened, key, digest)
         _due(Done, await ask(opening, names))
     finally:
         half.wipe()

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -284,6 +284,7 @@ class MaskedSum:
 
     def _end(self, event: Unmasked | MaskingEnded) -> None:
         if isinstance(event, MaskingEnded):
+            event = replace(event, given=self._state is not None and len(self._state.masked) > 0)
             self.close(f"masked sum {self.terms.number} came to nothing: {event.why}")
         self._tell(event)
 

@@ -52,6 +52,9 @@ TIMES: Final = 50  # answers that the adaptive deadline is made of
 FEWEST_TIMES: Final = 5  # before there are so many, the deadline is the fixed one
 SHORTEST_DEADLINE: Final = 1.0  # seconds: however quick the last answers were
 BACK_S: Final = 60.0  # after a restart, for all who were there: a cohort of the first few back would be another one
+NOT_TWICE: Final = (
+    "what clients have sent may have been opened, and of the same data they give nothing twice; submit the run anew"
+)
 MOST_WORDS: Final = 300  # letters of why a client declines: they are kept, and saved at every step
 
 
@@ -218,11 +221,12 @@ class Unmasked:
 
 @dataclass(frozen=True)
 class MaskingEnded:
-    """The masked sum of this number came to nothing; `missed`: because of these."""
+    """The masked sum of this number came to nothing; `missed`: because of these. `given`: some have sent their part of it."""
 
     number: int
     why: str
     missed: tuple[str, ...] = ()
+    given: bool = False
 
 
 @dataclass(frozen=True)
@@ -759,6 +763,8 @@ def _masking_ended(spec: RunSpec, run: Run, event: MaskingEnded) -> Step:
     _require_number(run, event.number)
     if run.masks == Phase.EVALUATING.value:
         return _close(spec, replace(run, evaluated=()))  # a score is worth no second try
+    if run.masks == Phase.MEASURING.value and event.given:
+        return _end(run, Phase.FAILED, f"measuring: {event.why}; {NOT_TWICE}")
     return _give_up(spec, run, event.why, event.missed)
 
 
@@ -875,7 +881,7 @@ def _evaluators_changed(spec: RunSpec, run: Run, event: ClientsChanged) -> Step:
 def _evaluation_deadline(spec: RunSpec, run: Run, event: DeadlinePassed) -> Step:
     if (event.round, event.attempt, event.phase) != (run.round, run.attempt, run.phase):
         return run, ()
-    return _evaluation_settled(spec, replace(run, silent=tuple({*run.silent, *run.pending})))
+    return _evaluation_settled(spec, replace(run, silent=tuple(dict.fromkeys((*run.silent, *run.pending)))))
 
 
 def _evaluation_settled(spec: RunSpec, run: Run) -> Step:
@@ -893,6 +899,8 @@ def _close(spec: RunSpec, run: Run, paused: str = "") -> Step:
     total, scores = dict(run.evaluation), dict(run.scores)
     metrics = summary(total)
     counted = max(map(len, scores.values()), default=0)
+    if spec.privacy.secure_aggregation and metrics:
+        counted = len(run.evaluated)
     record = CloseRound(run.round, metrics, spread(scores), total.get("examples", 0), counted)
     dismissed = _dismiss((name, run.round) for name in run.pending)
     run = replace(run, evaluation=(), scores=(), newest=tuple(metrics.items()) or run.newest)
@@ -1016,6 +1024,8 @@ def _restarted(spec: RunSpec, run: Run, event: Restarted) -> Step:
     """
     alone, _ = _restarted_waiting(spec, run, event)
     secure = spec.privacy.secure_aggregation
+    if run.masks == Phase.MEASURING.value:
+        return _end(run, Phase.FAILED, f"measuring: the server was started anew meanwhile; {NOT_TWICE}")
     match Phase(run.masks or run.phase):
         case Phase.EVALUATING | Phase.MEASURING as phase:
             if secure:  # nobody has answered a sum of this number
