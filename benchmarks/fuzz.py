@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Final
 
 CORPUS: Final = Path(__file__).parent / "corpus"
-NAMES: Final = ("checkpoint", "config", "spec", "wire", "chunks", "identity")
+NAMES: Final = ("checkpoint", "config", "spec", "wire", "chunks", "identity", "payload")
 INSTRUMENTED: Final = (
     "seqfed.common",
     "seqfed.client.policy",

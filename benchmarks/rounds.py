@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks import bare
 from benchmarks.harness import federation, machine, spec_for, tell
 from seqfed.common.model import layout_of
+from seqfed.common.spec import AggregationSpec, DPSpec, PrivacySpec, RunSpec
 from seqfed.common.views import RoundRecord
 
 BLOCKS = 4  # bare and federated rounds take turns, so that both see the machine in the same moods
@@ -24,23 +25,29 @@ def main() -> None:
     parser.add_argument(
         "--tls", action="store_true", help="also a federation with certificates, by turns with the others"
     )
+    parser.add_argument(
+        "--dp", action="store_true", help="also rounds with central differential privacy, by turns with the others"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     given = parser.parse_args()
     a_block = max(1, given.rounds // BLOCKS)
     spec = spec_for(given.params, given.clients, a_block + 1)
     layout = layout_of(spec)
     print(f"{given.clients} clients, {layout.size:,} parameters", file=sys.stderr)
-    kinds = {"": False, "tls_": True} if given.tls else {"": False}
+    kinds = {"": spec, **({"tls_": spec} if given.tls else {}), **({"dp_": private(spec)} if given.dp else {})}
     history: dict[str, list[RoundRecord]] = {kind: [] for kind in kinds}
     times: list[float] = []
     with bare.running(given.clients, layout.nbytes) as calls, contextlib.ExitStack() as stack:
-        running = {kind: stack.enter_context(federation(given.clients, tls=tls)) for kind, tls in kinds.items()}
+        running = {"": stack.enter_context(federation(given.clients))}
+        if given.tls:
+            running["tls_"] = stack.enter_context(federation(given.clients, tls=True))
         for one in running.values():
             one.run(spec_for(given.params, given.clients, 1))  # loads torch
         for number in range(BLOCKS):
             times += calls.rounds(a_block + 1)[1:]
-            for kind, one in running.items():
-                history[kind] += one.run(spec).history[1:]  # the first round of a run builds the clients' networks
+            for kind, turn in kinds.items():
+                # the first round of a run builds the clients' networks
+                history[kind] += running.get(kind, running[""]).run(turn).history[1:]
             print(f"block {number + 1} of {BLOCKS}", file=sys.stderr)
     bare_ms = 1000 * statistics.median(times)
     found: dict[str, Any] = {}
@@ -52,10 +59,19 @@ def main() -> None:
             f"{kind}training_ms": round(1000 * statistics.median(one.slowest_training_seconds for one in records), 2),
             f"{kind}ratio": round(statistics.median(overheads) / bare_ms, 3),
         }
-    if given.tls:
-        found["tls_to_plain"] = round(found["tls_overhead_ms"] / found["overhead_ms"], 3)
+    for kind in kinds:
+        if kind:
+            found[f"{kind}to_plain"] = round(found[f"{kind}overhead_ms"] / found["overhead_ms"], 3)
     told = {"clients": given.clients, "params": layout.size, "rounds": len(history[""])}
     tell({**told, **found, "bare_ms": round(bare_ms, 2), "machine": machine()}, given.json)
+
+
+def private(spec: RunSpec) -> RunSpec:
+    """The same run with central differential privacy, whose epsilon is of no interest here."""
+    # the training's seconds are told where all is
+    dp = DPSpec(mode="central", noise_multiplier=1.0, delta=1e-5, evaluation="public")
+    changes = {"aggregation": AggregationSpec(weighting="uniform"), "privacy": PrivacySpec(dp=dp)}
+    return RunSpec.model_validate({**{name: getattr(spec, name) for name in RunSpec.model_fields}, **changes})
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from google.protobuf.message import DecodeError, Message
 from seqfed.client.policy import Policy
 from seqfed.client.settings import ClientSettings
 from seqfed.common import addresses, authority, checkpoint, identity, signing, tokens, wire
+from seqfed.common.compression import NAMES as CODECS
+from seqfed.common.compression import Codec, Key, decode, encode, header
 from seqfed.common.config import load_toml, validate_json
 from seqfed.common.errors import BrokenTransfer, CheckpointError, ChecksumMismatch, SeqfedError
 from seqfed.common.identity import Role
@@ -37,6 +39,8 @@ from seqfed.server.settings import ServerSettings
 from seqfed.v1 import admin_pb2, federation_pb2
 
 LAYOUT: Final = Layout((("w", (2, 3)), ("b", (2,))))
+SPARSE: Final = Layout((("w", (12, 33)), ("b", (17,))))  # of compressed updates
+KEY: Final = Key(1, "fuzz", 1, "alice")
 NOW: Final = datetime(2030, 1, 1, tzinfo=UTC)
 KINDS: Final[tuple[type[Settings], ...]] = (RunSpec, ServerSettings, ClientSettings, Policy)
 MESSAGES: Final[tuple[type[Message], ...]] = tuple(
@@ -249,6 +253,21 @@ def pem(der: bytes, what: str = "CERTIFICATE") -> bytes:
     return f"-----BEGIN {what}-----\n".encode() + base64.encodebytes(der) + f"-----END {what}-----\n".encode()
 
 
+def read_payload(data: bytes) -> None:
+    """A compressed update. The first byte chooses the codec, and whether the rest is all of the payload; else a byte of flags,
+    two of how many numbers it says it has, and a body, to which the right hash is made.
+    """
+    if len(data) < 4:
+        return
+    codec = Codec(CODECS[data[0] % len(CODECS)])
+    payload = data[1:]
+    if data[0] < 128:
+        payload = header.write(codec, SPARSE, KEY, data[1], int.from_bytes(data[2:4], "little"), data[4:])
+    found = np.concatenate([np.empty(0, np.float32), *decode(payload, SPARSE, KEY, codec)])
+    assert found.shape == (SPARSE.size,)
+    assert codec.name == "none" or np.isfinite(found).all(), "a number that is not finite came of finite ones"
+
+
 TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {
     "checkpoint": read_checkpoint,
     "config": read_config,
@@ -256,6 +275,7 @@ TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {
     "wire": read_message,
     "chunks": reassemble,
     "identity": read_identity,
+    "payload": read_payload,
 }
 
 # Words that a mutation may put in; a fuzzer would find most of them by itself, late.
@@ -277,6 +297,7 @@ WORDS: Final[Mapping[str, tuple[bytes, ...]]] = {
     ),
     "wire": (b"\xff\xff\xff\xff\x0f", b"\x0a\x00", b"\x80", b"{}"),
     "chunks": (b"\x41", b"\x40", b"\x00\x00"),
+    "payload": (b"sfc1", b"\x00\x00\x80\x7f", b"\xff\xff\xff\xff", b"\x80", b"\x00"),
     "identity": (b"\x30\x82", b"\x06\x03\x55\x1d", b"seqfed:", b"\xa3", b"\x02\x01", b"ey", b"."),
 }
 
@@ -398,6 +419,19 @@ def _identities() -> dict[str, bytes]:
     }
 
 
+def _payloads() -> dict[str, bytes]:
+    """Of each codec a whole payload, and one whose hash is made anew; two rows are zero."""
+    vector = np.sin(np.arange(SPARSE.size, dtype=np.float32) ** 2).astype(np.float32)
+    vector[33:99] = 0
+    found = {}
+    for number, name in enumerate(CODECS):
+        made = encode(vector, SPARSE, KEY, Codec(name)).payload
+        whole = 128 + (number - 128) % len(CODECS)
+        found[f"{name}-whole"] = bytes([whole]) + made
+        found[name] = bytes([number, made[7]]) + made[32:34] + made[header.SIZE :]
+    return found
+
+
 def _der(armoured: bytes) -> bytes:
     return base64.b64decode(b"".join(line for line in armoured.splitlines() if not line.startswith(b"-----")))
 
@@ -409,4 +443,5 @@ _SEEDS: Final[Mapping[str, Callable[[], dict[str, bytes]]]] = {
     "wire": _messages,
     "chunks": _chunks,
     "identity": _identities,
+    "payload": _payloads,
 }

@@ -37,7 +37,9 @@ class Fake(admin_pb2_grpc.AdminServicer):
         self.asked.append(request)
         return wire.run_to_wire(replace(view(), phase="queued"))
 
-    Submit = ListRuns = WatchRun = StopRun = ListClients = RevokeClient = ListAudit = ExportModel = UNUSED
+    Submit = ListRuns = WatchRun = StopRun = ListClients = RevokeClient = ListAudit = ReportPrivacy = ExportModel = (
+        UNUSED
+    )
 
 
 @contextlib.asynccontextmanager

@@ -18,13 +18,15 @@ import pytest
 
 from seqfed.client.consent import Account, Consent
 from seqfed.client.policy import Policy, Spent
+from seqfed.client.policy import account as added_up
 from seqfed.common import authority, identity, signing, wire
 from seqfed.common.authority import Authority
 from seqfed.common.config import validate, validate_json
+from seqfed.common.dp import accounting
 from seqfed.common.errors import PolicyRefused, StorageError, StorageFull
 from seqfed.common.identity import Credentials, Role
 from seqfed.common.spec import RunSpec
-from seqfed.common.views import ModelVersion, Task, TaskKey, TaskKind
+from seqfed.common.views import MaskingTerms, ModelVersion, Task, TaskKey, TaskKind
 from seqfed.v1.federation_pb2 import Task as Message
 
 NOW = identity.now()
@@ -144,9 +146,10 @@ def test_a_killed_client_has_forgotten_nothing(tmp_path: Path, lines: int) -> No
 def test_a_full_disk_refuses_and_forgets_nothing(tmp_path: Path) -> None:
     account = Account(tmp_path)
     spent(account, nth(1))
-    assert account._connection is not None
-    pages = account._connection.execute("PRAGMA page_count").fetchone()[0]
-    account._connection.execute(f"PRAGMA max_page_count = {pages}")
+    database = account._durable._connection
+    assert database is not None
+    pages = database.execute("PRAGMA page_count").fetchone()[0]
+    database.execute(f"PRAGMA max_page_count = {pages}")
     done = [1]
 
     def go_on() -> None:
@@ -172,7 +175,7 @@ def test_an_account_that_cannot_be_read_refuses(harm: str, tmp_path: Path) -> No
         with sqlite3.connect(account.path) as database:
             database.execute("CREATE TABLE runs (run, operator, signature)")
         database.close()
-    with pytest.raises(StorageError, match=r"account\.db: what runs have had of this client cannot be read or written"):
+    with pytest.raises(StorageError, match=r"account\.db: .*, so what this run gets cannot be written down"):
         spent(account, nth(1))
 
 
@@ -181,6 +184,98 @@ def test_another_process_that_reads_it_is_waited_for(tmp_path: Path) -> None:
     spent(account, nth(1))
     assert reader.operators() == account.operators()
     assert spent(account, nth(2)).rounds == 2
+
+
+# Differential privacy ----------------------------------------------------------------------------------------------------
+
+
+def private(*, secure: bool = False, rounds: int = 50, **dp: Any) -> RunSpec:
+    content: dict[str, Any] = {
+        "data": {"features": 3, "classes": 2},
+        "rounds": rounds,
+        "aggregation": {"weighting": "uniform"},
+        "evaluation": {"every": 0},
+        "cohort": {"min_clients": 5, "count": 5},
+        "privacy": {"secure_aggregation": secure, "dp": {"mode": "central", "delta": 1e-5, **dp}},
+    }
+    return validate(RunSpec, content, "test")
+
+
+def test_the_ledger_has_every_release_once_over_runs_and_restarts(tmp_path: Path) -> None:
+    spec = private(noise_multiplier=4.0)
+    task = replace(TASK, spec=spec)
+    account = Account(tmp_path)
+    for number in (1, 2, 2, 3):  # the same update sent again gives nothing more away
+        account.charge(nth(number, task), "anna", lambda _: None, "wards.csv")
+    account.charge(replace(scoring(3), spec=spec), "anna", lambda _: None, "wards.csv")
+    account.close()
+    account = Account(tmp_path)
+    account.charge(nth(7, task, run="run-2"), "anna", lambda _: None, "beds.csv")
+    account.charge(nth(1, run="run-3"), "anna", lambda _: None)
+    first, second = account.released()
+    assert (first.run, first.data, first.noise, first.round, first.releases) == ("run-1", "wards.csv", 4.0, 3, 3)
+    assert (second.run, second.data, second.round, second.releases) == ("run-2", "beds.csv", 7, 1)
+    (whole,) = added_up([first, second])
+    assert whole.epsilon == accounting.gaussian_epsilon(
+        4.0 / 2, 1e-5
+    )  # four Gaussian releases are one of half the noise
+    assert (whole.unit, whole.delta) == ("client", 1e-5)
+
+
+def test_another_masked_sum_of_the_same_update_is_another_release(tmp_path: Path) -> None:
+    task = replace(TASK, spec=private(secure=True, noise_multiplier=2.0))
+    account = Account(tmp_path)
+    for number in (1, 1, 4):
+        account.charge(replace(nth(1, task), masking=MaskingTerms(number, 5)), "anna", lambda _: None)
+    (found,) = account.released()
+    assert (found.round, found.releases) == (1, 2)
+
+
+def test_a_task_that_is_refused_is_not_in_the_ledger(tmp_path: Path) -> None:
+    def refuse(found: Spent) -> None:
+        assert [one.releases for one in found.released()] == [1]  # the one in question counts
+        raise PolicyRefused("no")
+
+    account = Account(tmp_path)
+    with pytest.raises(PolicyRefused):
+        account.charge(replace(TASK, spec=private(noise_multiplier=2.0)), "anna", refuse)
+    assert account.released() == ()
+
+
+def test_the_limit_of_epsilon_holds_over_runs_and_restarts(tmp_path: Path) -> None:
+    spec = private(noise_multiplier=3.0, rounds=8)
+    limit = accounting.spent(spec, 12, 3.0) * 1.0001
+    policy = rules(max_epsilon=limit, unsigned=True)
+    done = 0
+    for run in ("run-1", "run-2", "run-3"):
+        consent = Consent(policy, tmp_path, None)  # a client that was started again
+        for number in range(1, 9):
+            try:
+                consent(nth(number, replace(TASK, spec=spec), run=run))
+                done += 1
+            except PolicyRefused as error:
+                assert "max_epsilon: all runs together, with this round, have epsilon" in str(error)
+    assert done == 12
+
+
+def test_a_run_that_plans_more_than_the_limit_never_begins(tmp_path: Path) -> None:
+    spec = private(noise_multiplier=3.0, rounds=50)
+    consent = Consent(rules(max_epsilon=accounting.spent(spec, 49, 3.0)), tmp_path, None)
+    with pytest.raises(PolicyRefused, match="max_epsilon: the run's epsilon is .*, and the limit is"):
+        consent(replace(TASK, spec=spec))
+    with pytest.raises(PolicyRefused, match="max_epsilon: the run has no epsilon"):
+        consent(TASK)
+    with pytest.raises(PolicyRefused, match="min_noise: the run's noise is 3, and the least is 4"):
+        Consent(rules(min_noise=4.0), tmp_path, None)(replace(TASK, spec=spec))
+
+
+def test_examples_are_an_account_of_their_own(tmp_path: Path) -> None:
+    account = Account(tmp_path)
+    for number, dp in enumerate((2.0, 1.5)):
+        spec = private(mode="example", epsilon=dp)
+        account.charge(replace(nth(1, run=f"run-{number}"), spec=spec), "anna", lambda _: None)
+    (found,) = added_up(account.released())
+    assert (found.unit, found.epsilon, found.delta) == ("example", 3.5, 2e-5)
 
 
 # Whose run it is -----------------------------------------------------------------------------------------------------------

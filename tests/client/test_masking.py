@@ -17,7 +17,7 @@ from seqfed.client.masking import KEY, LOG, Log, Masking, Trust, line, load_peer
 from seqfed.client.secure import contribution
 from seqfed.common import authority, identity
 from seqfed.common.authority import Authority
-from seqfed.common.errors import ConfigError, InvalidName, MaskingRefused, StorageError
+from seqfed.common.errors import ConfigError, InvalidName, MaskingRefused, PolicyRefused, StorageError
 from seqfed.common.identity import Credentials, Role
 from seqfed.common.masking.messages import Advert, Done, Reply, Survivors
 from seqfed.common.masking.trust import bind
@@ -162,7 +162,7 @@ def test_nobody_else_is_this_client(pinned: dict[str, bytes] | None) -> None:
 
 def test_without_certificates_and_without_a_list_only_an_honest_server_is_dealt_with(tmp_path: Path) -> None:
     alone = party("anna", tmp_path)
-    with pytest.raises(MaskingRefused, match=r'set peers = "peers.toml".*privacy.mode = .semi_honest.'):
+    with pytest.raises(PolicyRefused, match=r'set peers = "peers.toml".*privacy.mode = .semi_honest.'):
         alone.require(SPEC)
     alone.require(secure_spec(mode="semi_honest"))
     party("anna", tmp_path, {}).require(SPEC)
@@ -339,8 +339,9 @@ async def test_an_evaluation_that_was_opened_is_not_told_again(tmp_path: Path) -
     await asyncio.gather(*(be_in(table, one, {"examples": 5}) for one in people.values()))
     retry = again(task, 2)
     assert "gives nothing twice" in await refused(Table(retry, 3), people["anna"], {"examples": 5})
-    other = replace(retry, model=replace(retry.model, digest=bytes(32)))
-    table = Table(other, 3)
+    other = replace(retry, model=replace(retry.model, digest=bytes(32)))  # nor of another model in the same round
+    assert "gives nothing twice" in await refused(Table(other, 3), people["bert"], {"examples": 5})
+    table = Table(replace(again(task, 3), key=replace(task.key, round=task.key.round + 1)), 3)
     await asyncio.gather(*(be_in(table, one, {"examples": 5}) for one in people.values()))
     assert table.sums()[1]["examples"] == 15
 

@@ -32,7 +32,7 @@ def run(**content: Any) -> RunSpec:
     return validate(RunSpec, {"data": DATA, **content}, "run.toml")
 
 
-def told(policy: Policy, spec: RunSpec, **spent: int) -> list[str]:
+def told(policy: Policy, spec: RunSpec, **spent: Any) -> list[str]:
     return list(refusals(policy, spec, 1000, "anna", Spent(**spent)))
 
 
@@ -280,6 +280,7 @@ def test_what_was_spent_is_listed_by_operator_and_together(tmp_path: Path) -> No
         "rounds": 2,
         "bytes": 2000,
         "operators": {"": {"runs": 1, "rounds": 1, "bytes": 800}, "anna": {"runs": 1, "rounds": 1, "bytes": 1200}},
+        "privacy": {"runs": [], "totals": []},
     }
     lines = CliRunner().invoke(command, ["spent", "--state", str(tmp_path)]).output.splitlines()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]

@@ -214,7 +214,7 @@ class Line:
     def __init__(self, channel: Server, address: str) -> None:
         self._server, self._address = channel, address
 
-    async def join(self, client: str, instance: str, schema: Any, working: TaskKey | None = None) -> float:
+    async def join(self, client: str, instance: str, schema: Any, working: TaskKey | None, holds: bytes) -> float:
         self._server.note("join", (self._address, working))
         return self._server.spread
 
@@ -224,7 +224,8 @@ class Line:
         await asyncio.sleep(self._server.stands.pop(0) if self._server.stands else 1e6)
         raise ServerUnavailable("gone")
 
-    async def fetch_model(self, run: str, version: int, into: Reassembly, size: int) -> None:
+    async def fetch_model(self, run: str, version: int, into: Reassembly, size: int, *, step: bool) -> None:
+        assert not step
         self._server.note("fetch", (into.received, size))
         for offset, data in self._server.cut(split(MODEL.data.cast("B"), into.received, size)):
             into.add(offset, data)
@@ -766,7 +767,7 @@ def test_what_cannot_be_masked_is_not_even_trained(
 ) -> None:
     server, bench = Server(tasks=[SECURE]), Bench()
     live(monkeypatch, server, bench, 20, masking=party("ward", tmp_path) if known else None)
-    assert server.all("failure") == [(SECURE.key, MaskingRefused)]
+    assert server.all("failure") == [(SECURE.key, PolicyRefused if known else MaskingRefused)]
     assert bench.begun == server.all("fetch") == []
 
 

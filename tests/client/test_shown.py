@@ -44,6 +44,7 @@ RECORD = RoundRecord(
     evaluated_examples=8,
     evaluated_clients=3,
     stale={"b": 2},
+    traffic={"a": (7, 8)},
 )
 TASKS = (
     TaskView("a", 3, Progress(Stage.TRAINING, 61, 100, 2, 0.375), 1.2, connected=True),
@@ -102,6 +103,7 @@ def test_a_round_for_programs() -> None:
         "evaluated_clients": 3,
         "bytes_up": 1_000_000,
         "bytes_down": 500_000,
+        "traffic": {"a": {"bytes_up": 7, "bytes_down": 8}},
         "seconds": 1.2346,
         "slowest_training_seconds": 0.5,
     }

@@ -15,7 +15,7 @@ from seqfed.client.data import Sequences
 from seqfed.client.network import network_for
 from seqfed.client.work import LocalUpdate, Workshop
 from seqfed.common.config import validate
-from seqfed.common.errors import ConfigError, LayoutMismatch, PolicyRefused, SchemaMismatch
+from seqfed.common.errors import ConfigError, LayoutMismatch, MaskingRefused, PolicyRefused, SchemaMismatch
 from seqfed.common.layout import Flat
 from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.seeds import generator
@@ -98,8 +98,14 @@ def test_another_attempt_is_the_same_work() -> None:
     assert train(workshop(), again, model(given)).digest == one.digest
 
 
+def test_a_training_anew_of_all_data_at_once_would_be_the_same_and_is_refused() -> None:
+    given, shop = task(training={"batch_size": 64}), workshop()
+    with pytest.raises(MaskingRefused, match="trains on all its data at once"):
+        shop.train(given, model(given), lambda: False, lambda _: None, 3)
+
+
 def test_a_training_anew_draws_other_batches_each_time() -> None:
-    given, shop = task(), workshop()
+    given, shop = task(training={"batch_size": 8}), workshop()
     digests = {0: train(shop, given, model(given)).digest}
     for number in (3, 4):
         update = shop.train(given, model(given), lambda: False, lambda _: None, number)
@@ -178,3 +184,46 @@ def test_both_kinds_of_work_tell_how_far_they_are() -> None:
     workshop().train(given, model(given), lambda: False, told.append)
     workshop().evaluate(given, model(given), told.append)
     assert {one.stage for one in told} == {Stage.TRAINING, Stage.EVALUATING}
+
+
+def private(mode: str, **dp: Any) -> Task:
+    settings = {"mode": mode, "delta": 1e-5, "noise_multiplier": 0.5, "clip": 0.1, **dp}
+    public = dp.get("evaluation") == "public"
+    return task(
+        model={"hidden": 64, "layers": 1},
+        training={"batch_size": 10},
+        aggregation={"weighting": "uniform"},
+        evaluation={"every": int(public)},
+        privacy={"dp": settings},
+    )
+
+
+def test_a_local_updates_noise_hides_more_than_the_clipped_update() -> None:
+    """Two of the same training have the clipped update in common, and noise of z C each."""
+    given = private("local")
+    one, other = (train(workshop(), given, model(given)) for _ in range(2))
+    plain = train(workshop(), task(model={"hidden": 64, "layers": 1}, training={"batch_size": 10}), model(given)).delta
+    clipped = plain.astype(float) * min(1.0, 0.1 / np.linalg.norm(plain.astype(float)))
+    first = one.delta - clipped
+    assert first.std() == pytest.approx(0.05, rel=4.9 / np.sqrt(2 * first.size))
+    difference = one.delta.astype(float) - other.delta
+    assert difference.std() == pytest.approx(0.05 * np.sqrt(2), rel=4.9 / np.sqrt(2 * first.size))
+    assert one.digest == blake3(one.delta.tobytes()).digest()
+
+
+def test_an_example_update_has_noise_of_its_own_each_time() -> None:
+    given = private("example")
+    one, other = (train(workshop(), given, model(given)).delta for _ in range(2))
+    assert np.abs(one - other).max() > 1e-4
+
+
+@pytest.mark.parametrize("mode", ["local", "example"])
+def test_what_a_private_update_says_beside_itself(mode: str) -> None:
+    """Neither how many sequences there are nor how badly they were told, unless the run makes that public."""
+    update = train(workshop(), private(mode), model(private(mode)))
+    assert update.weight == 1
+    assert not any(update.tally.values())
+    given = private(mode, evaluation="public")
+    update = train(workshop(), given, model(given))
+    assert update.weight == 1
+    assert update.tally["examples"] > 0

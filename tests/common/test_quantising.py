@@ -16,7 +16,7 @@ from seqfed.common.rotation import rotate, unrotate
 from seqfed.common.seeds import generator
 
 Flat = NDArray[np.float32]
-BITS = (8, 12, 16, 20, 24, 32)
+BITS = (8, 12, 16, 18, 20, 24, 32)
 WORST = 1e-6  # probability of a false alarm of a statistical test
 
 
@@ -50,7 +50,7 @@ def lstm_like(number: int, hidden: int = 48, inputs: int = 12) -> Flat:
 def test_levels_are_the_most_with_which_no_sum_wraps(bits: int, n_max: int) -> None:
     half = 1 << bits - 1
     if 2 * n_max >= half:
-        with pytest.raises(ConfigError, match=r"raise privacy\.b, or lower cohort"):
+        with pytest.raises(ConfigError, match=r"raise privacy\.b, or have fewer clients"):
             levels(bits, n_max)
     else:
         found = levels(bits, n_max)
@@ -232,4 +232,4 @@ def test_the_bits_are_fixed() -> None:
     update = np.arange(-3, 3, dtype=np.float32)
     found, clipped = quantise(update, 0.5, lattice_of(6, 16, 10, 4.0), 2026, generator(2026, "rounding"))
     assert clipped
-    assert centred(found, 16) == [0, -254, 444, -190, 63, -64]
+    assert centred(found, 16) == [0, -254, 444, -190, 63, -63]

@@ -43,7 +43,9 @@ specs = st.builds(
     | st.builds(ConvergenceSpec, metric=st.sampled_from(["loss", "accuracy"]), min_delta=positive),
 )
 keys = st.builds(views.TaskKey, texts, u32, u32)
-versions = st.builds(views.ModelVersion, u32, u64, st.binary(max_size=32), st.binary(max_size=32))
+digests = st.binary(max_size=32)
+steps = st.lists(st.builds(views.ModelStep, u32, digests, u64, digests, digests), max_size=3).map(tuple)
+versions = st.builds(views.ModelVersion, u32, u64, digests, digests, digests, steps)
 signatures = st.binary(max_size=72)
 masking = st.none() | st.builds(views.MaskingTerms, u64, u32)
 tasks = st.builds(
@@ -58,10 +60,35 @@ tasks = st.builds(
     st.binary(max_size=9),
 )
 headers = st.builds(
-    views.UpdateHeader, keys, u64, st.binary(max_size=32), u64, st.binary(max_size=32), u64, tallies, seconds, u64
+    views.UpdateHeader,
+    keys,
+    u64,
+    st.binary(max_size=32),
+    u64,
+    st.binary(max_size=32),
+    u64,
+    tallies,
+    seconds,
+    u64,
+    texts,
 )
+traffic = st.dictionaries(texts, st.tuples(u64, u64), max_size=3)
 records = st.builds(
-    views.RoundRecord, u32, u32, names, names, tallies, metrics, u64, u64, seconds, seconds, spreads, u64, u32
+    views.RoundRecord,
+    u32,
+    u32,
+    names,
+    names,
+    tallies,
+    metrics,
+    u64,
+    u64,
+    seconds,
+    seconds,
+    spreads,
+    u64,
+    u32,
+    traffic=traffic,
 )
 schemas = st.builds(DataSchema, features=counts, steps=st.none() | counts, classes=counts, examples=counts)
 runs = st.builds(
@@ -174,3 +201,10 @@ def test_words_of_a_peer_are_made_clean_or_refused(text: str) -> None:
         with pytest.raises(InvalidName, match="cannot be printed"):
             wire.require_clean(content, "it")
     wire.require_clean({"a": ["ü", 1, None, 0.5]}, "it")
+
+
+@given(st.one_of(st.integers(0, 300), u64), st.one_of(st.integers(0, 300), st.integers(0, 1 << 19)))
+def test_what_a_chunk_has_on_the_wire_is_reckoned_right(offset: int, size: int) -> None:
+    chunk = federation_pb2.Chunk(offset=offset, data=bytes(size))
+    assert wire.chunk_bytes(offset, size) == chunk.ByteSize()
+    assert wire.part_bytes(chunk.ByteSize()) == wire.framed(federation_pb2.SubmitUpdateRequest(chunk=chunk))

@@ -49,6 +49,7 @@ def test_good_seeds_are_done() -> None:
         "wire": tuple(seeds("wire")),
         "chunks": tuple(seeds("chunks")),
         "identity": ("certificate", "request", "key", "token-file", "address"),
+        "payload": tuple(seeds("payload")),
     }.items():
         for name in names:
             TARGETS[target](seeds(target)[name])

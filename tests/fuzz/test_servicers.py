@@ -247,6 +247,7 @@ UNARY: Final[Mapping[str, type[Message]]] = {
     "ListClients": admin_pb2.ListClientsRequest,
     "RevokeClient": admin_pb2.RevokeClientRequest,
     "ListAudit": admin_pb2.ListAuditRequest,
+    "ReportPrivacy": admin_pb2.ReportPrivacyRequest,
     "ExportModel": admin_pb2.ExportModelRequest,
     "Enroll": federation_pb2.EnrollRequest,
 }

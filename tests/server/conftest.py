@@ -103,6 +103,7 @@ class Site:
         self.instance = hashlib.md5(name.encode(), usedforsecurity=False).hexdigest()
         self.stub = FederationStub(channel)
         self.metadata: Metadata = ()
+        self.up = self.down = 0  # bytes of messages about runs, from it and to it, each with gRPC's prefix
         self.tasks: asyncio.Queue[views.Task | None] = asyncio.Queue()  # None: the stream has ended
         self._listener: asyncio.Task[None] | None = None
 
@@ -127,6 +128,7 @@ class Site:
         known = None
         try:
             async for message in self.stub.Listen(federation_pb2.ListenRequest(), metadata=metadata):
+                self.down += message.ByteSize() + 5
                 task = wire.task_from_wire(message, known)
                 known = task.spec
                 tasks.put_nowait(task)
@@ -160,7 +162,9 @@ class Site:
         data = b""
         request = federation_pb2.FetchModelRequest(run=task.key.run, version=task.model.version, offset=offset)
         with typed():
+            self.up += request.ByteSize() + 5
             async for chunk in self.stub.FetchModel(request, metadata=self.metadata):
+                self.down += chunk.ByteSize() + 5
                 assert chunk.offset == offset + len(data)
                 data += chunk.data
         return data
@@ -184,12 +188,17 @@ class Site:
         """One SubmitUpdate with exactly these chunks, which then ends; True for a duplicate."""
 
         async def parts() -> AsyncIterator[federation_pb2.SubmitUpdateRequest]:
-            yield federation_pb2.SubmitUpdateRequest(header=wire.header_to_wire(header))
+            messages = [federation_pb2.SubmitUpdateRequest(header=wire.header_to_wire(header))]
             for offset, data in chunks:
-                yield federation_pb2.SubmitUpdateRequest(chunk=federation_pb2.Chunk(offset=offset, data=data))
+                chunk = federation_pb2.Chunk(offset=offset, data=data)
+                messages.append(federation_pb2.SubmitUpdateRequest(chunk=chunk))
+            for message in messages:
+                self.up += message.ByteSize() + 5
+                yield message
 
         with typed():
             reply = await soon(self.stub.SubmitUpdate(parts(), metadata=self.metadata))
+        self.down += reply.ByteSize() + 5
         return bool(reply.duplicate)
 
     async def begin(self, header: views.UpdateHeader) -> Upload:
@@ -210,6 +219,8 @@ class Site:
         request = federation_pb2.UploadStatusRequest(key=key, digest=blake3(data).digest())
         with typed():
             reply = await self.stub.UploadStatus(request, metadata=self.metadata)
+        self.up += request.ByteSize() + 5
+        self.down += reply.ByteSize() + 5
         return reply.received_bytes, reply.complete
 
     async def score(self, task: views.Task, tally: dict[str, int], version: int | None = None) -> bool:
@@ -219,6 +230,8 @@ class Site:
         )
         with typed():
             reply = await self.stub.SubmitEvaluation(request, metadata=self.metadata)
+        self.up += request.ByteSize() + 5
+        self.down += reply.ByteSize() + 5
         return bool(reply.duplicate)
 
     async def fail(self, task: views.Task, reason: str = "DataError", message: str = "no data") -> None:

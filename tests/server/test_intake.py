@@ -348,6 +348,20 @@ async def test_one_client_cannot_take_all_places(tmp_path: Path) -> None:
     await desk.take(header(), feed(*chunks(DATA)))  # there is room again
 
 
+async def test_further_streams_of_one_update_take_no_places_of_others(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, Intake(2, 16, Patience(60.0)))
+    gate = asyncio.Event()
+    first = chunks(DATA)[0]
+    slow = [asyncio.ensure_future(desk.take(header(), held(gate, first))) for _ in range(3)]
+    await arrived(desk, 1)
+    await soon(desk.take(header(OTHER), feed(*chunks(OTHER)), client="b"))  # though three of another are under way
+    assert desk.final("b").read_bytes() == OTHER
+    gate.set()
+    ended = await soon(asyncio.gather(*slow, return_exceptions=True))
+    assert all(isinstance(one, BrokenTransfer) for one in ended)
+    desk.intake.forget(RUN)
+
+
 async def test_uploads_in_flight_are_bounded(desk: Desk) -> None:
     desk.intake = Intake(2, 100, Patience(60.0))
     gates = {name: asyncio.Event() for name in "abcd"}

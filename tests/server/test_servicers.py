@@ -256,7 +256,8 @@ async def test_a_round_is_the_weighted_mean_of_its_updates(daemon: Daemon) -> No
     assert (record.round, record.attempt, record.cohort) == (1, 1, ("a", "b"))
     assert sorted(record.folded) == ["a", "b"]
     assert record.training == {"examples": 2, "loss": 2 << 20}
-    assert (record.bytes_up, record.slowest_training_seconds) == (2 * 4 * SIZE, 0.25)
+    assert (record.bytes_up, record.slowest_training_seconds) == (sum(site.up for site in sites), 0.25)
+    assert {name: up for name, (up, _) in record.traffic.items()} == {site.name: site.up for site in sites}
     assert 0 <= record.seconds < 60
 
 
@@ -546,7 +547,9 @@ async def test_an_upload_goes_on_at_the_byte_where_it_broke(daemon: Daemon) -> N
     assert not await sites[0].send(replace(header, offset=CHUNK_BYTES), parts[1:])
     await sites[1].submit(await sites[1].task(), some_delta(size, 1, 1))
     view = await daemon.end(run.run)
-    assert (view.phase, view.history[0].bytes_up) == ("finished", 2 * len(data))
+    assert view.phase == "finished"
+    # Of an upload that is refused by its header nothing more is read, so nothing of it is counted.
+    assert 0 < view.history[0].bytes_up - 2 * len(data) < 1500
     expected = averaged(initial_parameters(spec).flat, *((1, some_delta(size, number, 1)) for number in range(2)))
     assert (await model_of(daemon, run.run, size) == expected).all()
 
@@ -824,7 +827,9 @@ async def test_a_watcher_sees_every_round_once_complete_and_in_order(daemon: Dae
             assert record.spread == {"loss": (record.round / 2**20, record.round / 2**20)}
             assert record.evaluated_examples == 1
             assert (record.cohort, record.folded) == (("a",), ("a",))
-            assert (record.bytes_up, record.training) == (4 * SIZE, {"examples": 1, "loss": 1 << 20})
+            assert record.training == {"examples": 1, "loss": 1 << 20}
+            assert record.bytes_up == record.traffic["a"][0] > 4 * SIZE
+            assert record.bytes_down == record.traffic["a"][1] > 4 * SIZE
         assert seen[-1].ended
         assert (seen[-1].phase, seen[-1].round) == ("finished", rounds)
 

@@ -38,6 +38,7 @@ from seqfed.server.lease import LEASE
 from seqfed.server.round import Phase, Run
 from seqfed.server.store import (
     CLIENTS,
+    LEDGER,
     MODELS,
     NONCES,
     REVOKED,
@@ -421,7 +422,8 @@ def columns(engine: sa.Engine) -> dict[str, set[str]]:
 
 
 NAMED = {
-    table.name: set(table.columns.keys()) for table in (RUNS, MODELS, ROUNDS, UPDATES, CLIENTS, NONCES, REVOKED, AUDIT)
+    table.name: set(table.columns.keys())
+    for table in (RUNS, MODELS, ROUNDS, UPDATES, CLIENTS, NONCES, REVOKED, LEDGER, AUDIT)
 } | {"lease": {"number", *LEASE.columns.keys()}}
 
 

@@ -84,8 +84,14 @@ class _Secrets:
     def __init__(self, draw: random.Random) -> None:
         self._draw = draw
 
+    def token_bytes(self, nbytes: int = 32) -> bytes:
+        return self._draw.randbytes(nbytes)
+
     def token_hex(self, nbytes: int = 32) -> str:
-        return self._draw.randbytes(nbytes).hex()
+        return self.token_bytes(nbytes).hex()
+
+    def randbelow(self, end: int) -> int:
+        return self._draw.randrange(end)
 
 
 @contextlib.contextmanager
@@ -112,6 +118,8 @@ def patched(world: World) -> Iterator[None]:
     patch(daemon, "Coordinator", world.coordinate)
     patch(grpc.aio, "server", world.server)
     patch(points, "hook", world.reached)
+    for owner, name, value in world.sums.patches():
+        patch(owner, name, value)
     collecting = gc.isenabled()
     gc.disable()  # what becomes garbage in a cycle must not be finalised at a moment of the collector's choosing
     try:

@@ -55,10 +55,12 @@ class Workshop:
         flat: Flat,
         cancelled: Callable[[], bool],
         progress: Callable[[views.Progress], None] = lambda _: None,
+        anew: int = 0,
     ) -> LocalUpdate | None:
         if not self._work(task, cancelled, progress, views.Stage.TRAINING):
             return None
-        delta = oracle.delta_of(task.spec, task.key.round, self.client, oracle.digest(flat))
+        self._world.require_statistics(task)
+        delta = oracle.delta_of(task.spec, task.key.round, self.client, oracle.digest(flat), anew)
         tally = {"examples": self._plan.examples, "loss": 1 << 20}
         return LocalUpdate(delta, oracle.digest(delta), self._plan.examples, tally, self._until - self._since)
 
@@ -66,7 +68,12 @@ class Workshop:
         self, task: views.Task, flat: Flat, progress: Callable[[views.Progress], None] = lambda _: None
     ) -> dict[str, int]:
         self._work(task, lambda: False, progress, views.Stage.EVALUATING)
+        self._world.require_statistics(task)
         return {"examples": 10, "correct": flat[:1].tobytes()[0] % 11, "loss": 5 << 20}
+
+    def measure(self, task: views.Task) -> dict[str, int]:
+        self._work(task, lambda: False, lambda _: None, views.Stage.READING)
+        return oracle.measured(task.spec, self.client)
 
     def _work(
         self, task: views.Task, cancelled: Callable[[], bool], progress: Callable[[views.Progress], None], stage: Any
@@ -75,9 +82,7 @@ class Workshop:
         if self._begun != (task.key, task.kind):
             self._begun = (task.key, task.kind)
             self._since = now
-            self._until = now + self._world.training_s(task.spec, self._plan) * (
-                0.1 if stage is stage.EVALUATING else 1
-            )
+            self._until = now + self._world.training_s(task.spec, self._plan) * (1 if stage is stage.TRAINING else 0.1)
         if cancelled():
             self._begun = None
             return False
@@ -105,6 +110,9 @@ class Operator:
         watching: dict[str, asyncio.Task[None]] = {}
         while True:
             await asyncio.sleep(self.world.draw.uniform(3, 9))
+            ordered = all(
+                task.done() for task in tasks
+            )  # before the list is asked for: a run may be submitted meanwhile
             with contextlib.suppress(SeqfedError):
                 found = await self._list()
                 for view in found:
@@ -112,7 +120,7 @@ class Operator:
                     if view.run not in watching:
                         watching[view.run] = asyncio.ensure_future(self._watch(view))
                     await self._let_go_on(view)
-                if all(task.done() for task in tasks) and all(view.ended for view in found):
+                if ordered and all(view.ended for view in found):
                     break
         for task in (*tasks, *watching.values()):
             await task

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from seqfed.common.spec import RunSpec
@@ -12,6 +12,9 @@ from seqfed.server import points
 CHUNK: Final = 64  # bytes, in the worlds in which a vector is several chunks
 SERVER_FAULTS: Final = ("kill-server", "kill-at-point", "stop-server", "hang-server", "cut-server", "full-disk")
 CLIENT_FAULTS: Final = ("kill-client", "hang-client", "part-client", "break-client", "slow-client")
+# Moments of a masked sum: a client has made its message of a step; a server has taken one, has all of them, has the sum.
+STEPS: Final = ("advertise", "share", "mask", "confirm", "open")
+SUMMING: Final = ("sum-sharing", "sum-masking", "sum-confirming", "sum-opening", "sum-done", "sum-opened")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class RunPlan:
 class Fault:
     """`seconds`: how long the process is down or still, the line cut, or the disk full.
 
-    `point`: at which the server is to die next.
+    `point`: at which the server is to die next, or the step of its next masked sum in which this strikes a client.
     """
 
     at: float
@@ -89,19 +92,26 @@ def plan(seed: int) -> Plan:
         )
         for number in range(draw.randint(2, 8))
     )
-    runs = tuple(_run(draw, number, len(clients)) for number in range(draw.choice((1, 1, 1, 2, 3))))
+    more = random.Random(f"{seed}/secure plan")  # noqa: S311 - apart from the others, so that plain worlds are as they were
+    secure = more.random() < 0.35
+    count = draw.choice((1, 1, 1, 2, 3))
+    if secure:
+        count = min(count, more.choice((1, 1, 1, 2)))  # they take longer
+    runs = tuple(_run(draw, number, len(clients), more if secure else None) for number in range(count))
     length = sum(run.spec.rounds * (2 * run.training_s + 2) for run in runs)
     heal = min(600.0, draw.uniform(0.3, 1.5) * length + 20)
     many = draw.choice((0, 3, 8, 20, 50))
     standby = draw.random() < 0.25
     names = [client.name for client in clients]
+    faults = [_fault(draw, heal, names, standby) for _ in range(draw.randint(0, many))]
+    if secure:
+        faults = [_summing(more, one) for one in faults]
+        faults += _together(more, heal, names)
     return Plan(
         seed=seed,
         clients=clients,
         runs=runs,
-        faults=tuple(
-            sorted((_fault(draw, heal, names, standby) for _ in range(draw.randint(0, many))), key=lambda one: one.at)
-        ),
+        faults=tuple(sorted(faults, key=lambda one: one.at)),
         orders=tuple(_orders(draw, heal, len(runs))),
         heal=heal,
         standby=standby,
@@ -117,7 +127,7 @@ def plan(seed: int) -> Plan:
     )
 
 
-def _run(draw: random.Random, number: int, clients: int) -> RunPlan:
+def _run(draw: random.Random, number: int, clients: int, more: random.Random | None) -> RunPlan:
     deadline = draw.choice((20.0, 60.0, 200.0))
     smallest = draw.randint(1, clients)
     cohort: dict[str, Any] = {
@@ -158,8 +168,55 @@ def _run(draw: random.Random, number: int, clients: int) -> RunPlan:
         "evaluation": {"every": draw.choice((0, 1, 2))},
         **content,
     }
+    if more is not None:
+        spec["data"]["normalise"] = more.choice(("given", "given", "federated"))
+        if more.random() < 0.8:
+            _secure(more, spec)
     training = draw.uniform(0.2, 0.2 * deadline)
     return RunPlan(draw.choice((0.0, draw.uniform(0, 30))), RunSpec.model_validate(spec), training)
+
+
+def _secure(draw: random.Random, content: dict[str, Any]) -> None:
+    """Make it a run with secure aggregation, which has no late updates, no buffer, and no cohort of one."""
+    content.pop("asynchronous", None)
+    cohort = content["cohort"]
+    cohort["late"] = "drop"
+    for size in {"min_clients", "count", "quorum"} & cohort.keys():
+        cohort[size] = max(2, cohort[size])
+    if content["aggregation"]["weighting"] == "examples":
+        content["aggregation"]["max_weight"] = draw.choice((1, 300, 1 << 20))
+    content["rounds"] = min(3, content["rounds"])
+    smallest = cohort.get("quorum", cohort.get("count", cohort["min_clients"]))
+    content["privacy"] = {
+        "secure_aggregation": True,
+        "mode": draw.choice(("malicious", "semi_honest")),
+        "min_survivors": draw.randint(2, smallest),
+        "b": draw.choice((8, 12, 16, 20, 24, 32)),
+        "clip": draw.choice((0.05, 1.0)),
+        "step_s": draw.choice((30.0, 60.0, 300.0)),
+    }
+
+
+def _summing(draw: random.Random, fault: Fault) -> Fault:
+    """Now and then at a moment of a masked sum."""
+    if draw.random() < 0.5:
+        return fault
+    if fault.kind in CLIENT_FAULTS:
+        return replace(fault, point=draw.choice(STEPS))
+    if fault.kind in {"kill-server", "kill-at-point"}:
+        return replace(fault, kind="kill-at-point", point=draw.choice(SUMMING))
+    return fault
+
+
+def _together(draw: random.Random, heal: float, names: list[str]) -> list[Fault]:
+    """Of one masked sum, it may be: a client is lost, and the server dies later in it."""
+    at = draw.uniform(0, heal / 2)
+    lost = draw.choice(("hang-client", "part-client", "slow-client", "kill-client"))
+    found = [
+        Fault(at, lost, draw.choice(names), draw.uniform(5, 60), draw.choice(STEPS)),
+        Fault(at, "kill-at-point", "A", draw.uniform(0, 30), draw.choice(SUMMING)),
+    ]
+    return [one for one in found if draw.random() < 0.6]
 
 
 def _fault(draw: random.Random, heal: float, names: list[str], standby: bool) -> Fault:

@@ -17,7 +17,8 @@ import sqlite3
 import tempfile
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from contextvars import Context
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,18 +28,24 @@ from tests.simulation.loop import Died, Loop, Process, current
 from tests.simulation.network import Channel, Line, Network, Server
 from tests.simulation.people import ADDRESSES, Operator, Violation, Workshop, require_reason
 from tests.simulation.plan import ClientPlan, Fault, Plan, plan
+from tests.simulation.sums import Sums
 
+from seqfed.client.masking import Log, Masking, Trust
 from seqfed.client.session import Session
-from seqfed.common import views
+from seqfed.common import metrics, statistics, views
 from seqfed.common.errors import SeqfedError, StorageFull
+from seqfed.common.masking.keys import Signer
+from seqfed.common.masking.terms import Purpose
 from seqfed.common.spec import RunSpec
 from seqfed.server import daemon
 from seqfed.server.coordinator import Coordinator
 from seqfed.server.desk import Desk
+from seqfed.server.round import NOT_TWICE
 from seqfed.server.settings import ServerSettings
 from seqfed.server.store import Store
 
 PATIENCE_S: Final = 7200.0  # after the last fault, for all runs to end
+LATE_S: Final = 600.0  # after the last other fault, for those that wait for a step of a masked sum
 LOOK_S: Final = 2.0  # between two looks at every run
 
 
@@ -66,6 +73,7 @@ class Seat:
     starts: int = 0
     process: Process | None = None
     down_until: float = 0.0
+    strikes: list[Fault] = field(default_factory=list)  # each at a step of its next masked sum
 
 
 class World:
@@ -85,6 +93,10 @@ class World:
         self.folder = Path()
         self.failure: BaseException | None = None
         self._tell = tell
+        self.sums = Sums(self)
+        self._signers = {one.name: Signer(self.random(f"key of {one.name}").randbytes(32)) for one in self.plan.clients}
+        self._logs: list[Log] = []  # of dead clients too
+        self._statistics: dict[str, bytes] = {}  # by run
         self._runs: dict[str, oracle.Replay] = {}
         self._specs: dict[str, RunSpec] = {}
         self._records: dict[tuple[str, int], views.RoundRecord] = {}
@@ -124,6 +136,8 @@ class World:
                         site.store.close(release=False)
                         site.store = site.coordinator = None
                 self.loop.bury()
+                for log in self._logs:
+                    log.close()
                 for coordinator in self._coordinators:
                     for run in self._runs:
                         coordinator.intake.forget(run)  # closes its files, as the end of its process would have
@@ -234,14 +248,38 @@ class World:
             if (known.folded, known.stale, known.cohort) != (record.folded, record.stale, record.cohort):
                 raise Violation(f"{name}: the record of round {record.round} was {known} and is {record}")
             if record.round == len(replay.digests):
-                replay.add(record)
+                replay.add(record, self.sums.last(run, record.round, Purpose.TRAIN))
                 stale = {client: age for client, age in record.stale.items() if age}
                 self.say(f"{name} round {record.round} committed: {' '.join(record.folded)} {stale or ''}")
+            if record.evaluation and replay.scores.setdefault(record.round, record.evaluation) is record.evaluation:
+                self._require_scored(run, record)
         for version, found in models.items():
             if replay.digests[version] != found:
                 raise Violation(
                     f"{name}: model {version} is {found.hex()[:12]}, not {replay.digests[version].hex()[:12]}"
                 )
+
+    def _require_scored(self, run: str, record: views.RoundRecord) -> None:
+        """Masked scores are those of the plain sums."""
+        if not self._specs[run].privacy.secure_aggregation:
+            return
+        scored = self.sums.last(run, record.round, Purpose.EVALUATE)
+        if scored is None or metrics.summary(scored.tally) != record.evaluation:
+            raise Violation(f"round {record.round} of run {run} was scored {record.evaluation}, its clients: {scored}")
+        if (record.evaluated_clients, record.evaluated_examples) != (len(scored.given), scored.tally["examples"]):
+            raise Violation(f"round {record.round} of run {run} has scores of {len(scored.given)} clients: {record}")
+
+    def require_statistics(self, task: views.Task) -> None:
+        """A run has one mean and scale from its first round on, and in a masked one they are those of the opened sum."""
+        with self.checking():
+            if bool(task.statistics) != (task.spec.data.normalise == "federated"):
+                raise Violation(f"{task.spec.name}: the statistics are {task.statistics!r}")
+            known = self._statistics.setdefault(task.key.run, task.statistics)
+            opened = self.sums.last(task.key.run, 0, Purpose.MEASURE)
+            if opened is not None:
+                known = statistics.statistics_of(opened.tally, task.spec).model_dump_json().encode()
+            if task.statistics != known:
+                raise Violation(f"{task.spec.name}: the statistics are {task.statistics!r}, not {known!r}")
 
     def _final(self) -> None:
         self.observe()
@@ -250,7 +288,8 @@ class World:
         assert self._database is not None
         for run, text in self._database.execute("SELECT run, state FROM runs").fetchall():
             state, replay, spec = json.loads(text), self._runs[run], self._specs[run]
-            if state["phase"] not in {"finished", "stopped"} or not state["reason"]:
+            once = state["reason"].startswith("measuring: ") and NOT_TWICE in state["reason"]  # nothing can mend that
+            if state["phase"] not in {"finished", "stopped", "failed" if once else ""} or not state["reason"]:
                 raise Violation(f"{spec.name} ended {state['phase']}: {state['reason']}")
             if state["phase"] == "finished" and len(replay.models) != spec.rounds + 1:
                 raise Violation(f"{spec.name} is finished after {len(replay.models) - 1} of {spec.rounds} rounds")
@@ -393,8 +432,24 @@ class World:
         workshop: Any = Workshop(self, seat.plan)
         addresses = [ADDRESSES[site.name] for site in self.sites]
         await Session(
-            workshop, tuple(addresses), instance, False, dial=self.dial, rng=self.random(current().name)
+            workshop,
+            tuple(addresses),
+            instance,
+            False,
+            dial=self.dial,
+            rng=self.random(current().name),
+            masking=self._masking(seat.plan.name),
         ).run()
+
+    def _masking(self, name: str) -> Masking:
+        """Of a client that has just been started; its log outlives it."""
+        folder = self.folder / "clients" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        log = Log(folder)
+        self._logs.append(log)
+        signer = self._signers[name]
+        pinned = {one: known.public for one, known in self._signers.items()}
+        return Masking(name, signer, Trust((name, signer.public), None, pinned), log)
 
     @contextlib.asynccontextmanager
     async def dial(self, address: str, insecure: bool) -> AsyncIterator[Any]:
@@ -413,10 +468,29 @@ class World:
 
     # faults
 
-    def _strike(self, fault: Fault) -> None:
-        seconds = min(fault.seconds, self.plan.heal - fault.at)
-        self.say(f"FAULT {fault.kind} {fault.target} {seconds:.1f} s {fault.point}")
+    def stepped(self, step: str) -> None:
+        """A client's message of this step of a masked sum is made, and goes out now."""
+        seat = next(seat for seat in self.seats if seat.process is current())
+        for fault in [one for one in seat.strikes if one.point == step]:
+            seat.strikes.remove(fault)
+            if self.draw.random() < 0.5:
+                Context().run(self._strike, fault, True)  # nothing of it is the client's own doing
+            else:  # a moment later: on its way there, or with the answer on its way back
+                wait = self.draw.uniform(0, 4 * seat.line.latency)
+                self.loop.call_later(wait, self._strike, fault, True, context=Context())
+        if not current().alive and not on_the_loop():
+            raise Died
+
+    def _strike(self, fault: Fault, due: bool = False) -> None:
+        """due: the moment for which it waits has come, if it waits for one."""
         seat = next((seat for seat in self.seats if seat.plan.name == fault.target), None)
+        if seat is not None and fault.point and not due:
+            seat.strikes.append(fault)
+            return
+        seconds = fault.seconds if due else min(fault.seconds, self.plan.heal - fault.at)
+        if due and self.loop.time() > self.plan.heal + LATE_S:
+            return
+        self.say(f"FAULT {fault.kind} {fault.target} {seconds:.1f} s {fault.point}")
         site = next((site for site in self.sites if site.name == fault.target), None)
         process = seat.process if seat is not None else site.process if site is not None else None
         if process is None or not process.alive:

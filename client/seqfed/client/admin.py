@@ -24,6 +24,7 @@ from seqfed.v1 import admin_pb2
 from seqfed.v1.admin_pb2_grpc import AdminStub
 from seqfed.v1.federation_pb2 import Chunk
 
+ACCOUNT_S: Final = 120.0  # seconds: it is computed, of many runs together
 CHOICE_S: Final = 5.0  # seconds that one of several servers has to say that it serves
 
 
@@ -151,6 +152,12 @@ class Operator:
                     yield wire.entry_from_wire(message)
         finally:
             calls.cancel()
+
+    async def privacy(self, run: str = "") -> views.PrivacyReport:
+        """The account of differential privacy, of this run or of all."""
+        with raising(self._address):
+            request = admin_pb2.ReportPrivacyRequest(run=run)
+            return wire.privacy_from_wire(await self._stub.ReportPrivacy(request, timeout=ACCOUNT_S))
 
     async def export(self, run: str, out: Path) -> int:
         """Write the run's newest model to `out`, whole or not at all; its size in bytes."""

@@ -72,6 +72,7 @@ def client(
     from seqfed.client.data import open_source
     from seqfed.client.enroll import Renewal, in_use
     from seqfed.client.masking import masking_of
+    from seqfed.client.packing import Packer
     from seqfed.client.session import Session
     from seqfed.client.settings import ClientSettings
     from seqfed.client.work import Workshop
@@ -116,7 +117,8 @@ def client(
         device_of("cuda")
     set_up(settings.log_json)
     state_folder = client_folder(settings.state, own_name)
-    consent = consent_of(settings.policy, state_folder, folder, settings.allow_custom)
+    named = ", ".join(Path(one).name for one in settings.data.file)
+    consent = consent_of(settings.policy, state_folder, folder, settings.allow_custom, data=named)
     workshop = Workshop(
         own_name,
         open_source(settings.data),
@@ -135,6 +137,7 @@ def client(
         renewal=None if folder is None else Renewal(folder),
         consent=consent,
         masking=masking,
+        packer=Packer(state_folder / "residuals"),
     )
     take_part(session)
 

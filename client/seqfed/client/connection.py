@@ -31,8 +31,15 @@ class Connection:
         self._address = address
         self._metadata: tuple[tuple[str, str], ...] = ()
 
-    async def join(self, client: str, instance: str, schema: DataSchema, working: views.TaskKey | None = None) -> float:
-        """Say hello; every other method needs it. `working`: the task in hand, which goes on.
+    async def join(
+        self,
+        client: str,
+        instance: str,
+        schema: DataSchema,
+        working: views.TaskKey | None = None,
+        holds: bytes = b"",
+    ) -> float:
+        """Say hello; every other method needs it. `working`: the task in hand, which goes on. holds: the newest model's BLAKE3.
 
         Returns over how many seconds to spread the next dialling if this server is lost, so that not all come back at once.
         """
@@ -43,6 +50,7 @@ class Connection:
             software=seqfed.client.__version__,
             data_schema=schema.model_dump_json().encode(),
             working=None if working is None else wire.key_to_wire(working),
+            holds=holds,
         )
         with raising(self._address):
             reply = await self._stub.Join(request, timeout=ANSWER_S)
@@ -63,12 +71,16 @@ class Connection:
                     continue
                 yield task
 
-    async def fetch_model(self, run: str, version: int, into: Reassembly, size: int = CHUNK_BYTES) -> None:
+    async def fetch_model(
+        self, run: str, version: int, into: Reassembly, size: int = CHUNK_BYTES, *, step: bool = False
+    ) -> None:
         """The model's bytes from where `into` stands to their end, checked, in chunks of `size` bytes.
 
-        At a break, `into` keeps what has come.
+        At a break, `into` keeps what has come. step: not the version's but those of the payload that leads to it.
         """
-        request = federation_pb2.FetchModelRequest(run=run, version=version, offset=into.received, chunk_bytes=size)
+        request = federation_pb2.FetchModelRequest(
+            run=run, version=version, offset=into.received, chunk_bytes=size, step=step
+        )
         with raising(self._address):
             async for chunk in self._stub.FetchModel(request, metadata=self._metadata):
                 into.add(chunk.offset, chunk.data)

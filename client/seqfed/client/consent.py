@@ -6,24 +6,21 @@ has at worst counted a little too much; where it cannot be written, the task is 
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sqlite3
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from seqfed.client.policy import Policy, Spent, check
+from seqfed.client.durable import Durable
+from seqfed.client.policy import Policy, Released, Spent, check, multiplier
 from seqfed.common import identity, signing
 from seqfed.common.config import load_toml
-from seqfed.common.errors import NotAllowed, PolicyRefused, StorageError, StorageFull, Unauthenticated
+from seqfed.common.errors import NotAllowed, PolicyRefused, Unauthenticated
+from seqfed.common.spec import RunSpec
 from seqfed.common.views import Task, TaskKind
 
 ACCOUNT: Final = "account.db"
-WAIT_S: Final = 10.0  # for another process that reads the account
-
 _TABLES: Final = (
     """CREATE TABLE IF NOT EXISTS runs (
         run TEXT PRIMARY KEY, operator TEXT NOT NULL, signature BLOB NOT NULL,
@@ -33,6 +30,14 @@ _TABLES: Final = (
     """CREATE TABLE IF NOT EXISTS work (
         run TEXT NOT NULL, kind TEXT NOT NULL, round INTEGER NOT NULL, model BLOB NOT NULL,
         PRIMARY KEY (run, kind, round, model)
+    ) WITHOUT ROWID""",
+    # A ledger holds what was done, and under which rules; what epsilon that makes is computed when it is asked for.
+    """CREATE TABLE IF NOT EXISTS private (
+        run TEXT PRIMARY KEY, data TEXT NOT NULL, spec BLOB NOT NULL, noise REAL, round INTEGER NOT NULL
+    )""",
+    """CREATE TABLE IF NOT EXISTS releases (
+        run TEXT NOT NULL, round INTEGER NOT NULL, model BLOB NOT NULL, number INTEGER NOT NULL,
+        PRIMARY KEY (run, round, model, number)
     ) WITHOUT ROWID""",
 )
 
@@ -46,18 +51,23 @@ class Account:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / ACCOUNT
-        self._connection: sqlite3.Connection | None = None
-        self._lock = threading.Lock()
+        self._durable = Durable(
+            self.path,
+            _TABLES,
+            without="what this run gets cannot be written down, and it gets nothing",
+            remedy="put the file back from a copy, or, if it may all begin anew, remove it",
+        )
 
-    def charge(self, task: Task, operator: str, rule: Callable[[Spent], None]) -> None:
+    def charge(self, task: Task, operator: str, rule: Callable[[Spent], None], data: str = "") -> None:
         """Note that this task is done for this operator's run ('': nobody is known to have signed it), unless `rule` raises at
-        what would then be spent.
+        what would then be spent. data: the data set's name, for the ledger.
 
         Raises PolicyRefused if the run is not the one that it was, or is another's copy.
         """
         run, signature = task.key.run, task.signature if operator else b""
+        noise = multiplier(task.spec)  # takes a moment, the first time
         work = (run, task.kind.value, task.key.round, task.model.digest)
-        with self._changing() as database:
+        with self._durable.changing() as database:
             _require_same(database, run, operator, signature)
             begun = database.execute("SELECT 1 FROM runs WHERE run = ?", (run,)).fetchone() is not None
             known = database.execute(
@@ -66,12 +76,14 @@ class Account:
             more = known is None
             cost = task.model.nbytes * (2 if task.kind is TaskKind.TRAIN else 1)
             spent = _spent(database, run, task.kind)
+            _release(database, task, data, noise)
             rule(
                 Spent(
                     runs=spent.runs + (not begun),
                     rounds=spent.rounds + more,
                     rounds_total=spent.rounds_total + more,
                     bytes_total=spent.bytes_total + cost,
+                    released=lambda: _released(database),
                 )
             )
             if not begun:
@@ -97,48 +109,47 @@ class Account:
     def _sums(self, whose: str) -> dict[str, Spent]:
         if not self.path.exists():
             return {}
-        with self._changing() as database:
+        with self._durable.changing() as database:
             rows = database.execute(
                 f"SELECT {whose} AS whose, count(*), max(sum(trained), sum(evaluated)), sum(bytes) FROM runs GROUP BY whose"  # noqa: S608 - a column or a constant
             ).fetchall()
         return {name: Spent(runs, 0, rounds, size) for name, runs, rounds, size in rows}
 
+    def released(self) -> tuple[Released, ...]:
+        """The ledger of differential privacy: every run with it that this data holder has given something, oldest first."""
+        if not self.path.exists():
+            return ()
+        with self._durable.changing() as database:
+            return _released(database)
+
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._durable.close()
 
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, durable at the end of the block; nothing of it if the block or the disk fails."""
-        with self._lock:
-            try:
-                if self._connection is None:
-                    self._connection = self._open()
-                database = self._connection
-                database.execute("BEGIN IMMEDIATE")
-                try:
-                    yield database
-                    database.execute("COMMIT")
-                except BaseException:
-                    if database.in_transaction:
-                        database.execute("ROLLBACK")
-                    raise
-            except sqlite3.Error as error:
-                raise _typed(error, self.path) from error
 
-    def _open(self) -> sqlite3.Connection:
-        with contextlib.suppress(OSError):  # what is wrong with the place, SQLite says too
-            os.close(os.open(self.path, os.O_CREAT | os.O_CLOEXEC, 0o600))
-        database = sqlite3.connect(self.path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
-        try:
-            database.execute("PRAGMA synchronous = EXTRA")  # also the folder, when the journal is removed from it
-            for statement in _TABLES:
-                database.execute(statement)
-        except BaseException:
-            database.close()
-            raise
-        return database
+def _release(database: sqlite3.Connection, task: Task, data: str, noise: float | None) -> None:
+    """Note what a training gives away with noise; the same update sent again is no other one, but in another masked sum is."""
+    if task.kind is not TaskKind.TRAIN or task.spec.privacy.dp is None:
+        return
+    key, number = task.key, task.masking.number if task.masking is not None else 0
+    known = database.execute("SELECT 1 FROM private WHERE run = ?", (key.run,)).fetchone()
+    if known is None:
+        row = (key.run, data, task.spec.canonical, noise, key.round)
+        database.execute("INSERT INTO private VALUES (?, ?, ?, ?, ?)", row)
+    database.execute("UPDATE private SET round = max(round, ?) WHERE run = ?", (key.round, key.run))
+    database.execute(
+        "INSERT OR IGNORE INTO releases VALUES (?, ?, ?, ?)", (key.run, key.round, task.model.digest, number)
+    )
+
+
+def _released(database: sqlite3.Connection) -> tuple[Released, ...]:
+    rows = database.execute(
+        "SELECT run, data, spec, noise, private.round, count(*) FROM private JOIN releases USING (run) "
+        "GROUP BY run ORDER BY private.rowid"
+    ).fetchall()
+    return tuple(
+        Released(run, data, RunSpec.model_validate_json(spec), noise, round_, releases)
+        for run, data, spec, noise, round_, releases in rows
+    )
 
 
 def _require_same(database: sqlite3.Connection, run: str, operator: str, signature: bytes) -> None:
@@ -168,22 +179,11 @@ def _column(kind: TaskKind) -> str:
     return "trained" if kind is TaskKind.TRAIN else "evaluated"
 
 
-def _typed(error: sqlite3.Error, path: Path) -> StorageError | StorageFull:
-    if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL":
-        return StorageFull(
-            f"{path}: the disk is full, so what this run gets cannot be written down, and it gets nothing; free some space"
-        )
-    return StorageError(
-        f"{path}: what runs have had of this client cannot be read or written ({error}), so none gets anything; "
-        "put the file back from a copy, or, if it may all begin anew, remove it"
-    )
-
-
 class Consent:
     """What a session asks before each task; raises PolicyRefused, StorageFull or StorageError if it is not to be done.
 
     policy: None allows everything, but over TLS what nobody has signed. ca: the federation's, PEM; None in plaintext, where no
-    signature can be judged. clock: the time in UTC.
+    signature can be judged. clock: the time in UTC. data: the data set's name in the client's ledger.
     """
 
     def __init__(
@@ -193,12 +193,14 @@ class Consent:
         ca: bytes | None,
         allow_custom: tuple[str, ...] = (),
         clock: Callable[[], datetime] = identity.now,
+        data: str = "",
     ) -> None:
         self.policy = Policy() if policy is None else policy
         self.custom = (*allow_custom, *self.policy.custom)
         self._account = Account(state)  # also without a policy: one that is made later counts what was had before
         self._ca = ca
         self._clock = clock
+        self._data = data
         self._last: tuple[bytes, bytes, bytes, str] | None = None  # what was verified last, and whose it is
 
     def __call__(self, task: Task) -> None:
@@ -210,7 +212,7 @@ class Consent:
                 raise PolicyRefused(f"round {task.key.round:,} is asked for of a run with {task.spec.rounds:,} rounds")
             check(policy, task.spec, task.model.nbytes, operator, spent)
 
-        self._account.charge(task, operator or "", rule)
+        self._account.charge(task, operator or "", rule, self._data)
 
     def _operator(self, task: Task) -> str | None:
         """Whose run it is by its signature; None if nobody's is there, or none can be judged."""
@@ -234,9 +236,9 @@ class Consent:
 
 
 def consent_of(
-    policy: Path | None, state: Path, credentials: Path | None, allow_custom: tuple[str, ...] = ()
+    policy: Path | None, state: Path, credentials: Path | None, allow_custom: tuple[str, ...] = (), data: str = ""
 ) -> Consent:
     """By the policy.toml, the state folder and the credentials folder of a client; raises ConfigError for the first and last."""
     rules = None if policy is None else load_toml(Policy, policy)
     ca = None if credentials is None else identity.load_credentials(credentials).ca
-    return Consent(rules, state, ca, allow_custom)
+    return Consent(rules, state, ca, allow_custom, data=data)

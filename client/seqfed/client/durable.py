@@ -58,7 +58,10 @@ class Durable:
             os.close(os.open(self.path, os.O_CREAT | os.O_CLOEXEC, 0o600))
         database = sqlite3.connect(self.path, timeout=WAIT_S, isolation_level=None, check_same_thread=False)
         try:
-            database.execute("PRAGMA synchronous = EXTRA")  # also the folder, when the journal is removed from it
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute(
+                "PRAGMA synchronous = FULL"
+            )  # each commit is on disk, for one fsync where a journal takes four
             for statement in self._tables:
                 database.execute(statement)
         except BaseException:

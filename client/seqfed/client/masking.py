@@ -22,7 +22,7 @@ from pydantic import Field
 from seqfed.client.durable import Durable
 from seqfed.common import identity
 from seqfed.common.config import load_toml
-from seqfed.common.errors import ConfigError, MaskingRefused
+from seqfed.common.errors import ConfigError, MaskingRefused, PolicyRefused
 from seqfed.common.identity import Identity, read_private, write_private
 from seqfed.common.masking.client import Client
 from seqfed.common.masking.keys import Signer
@@ -193,12 +193,12 @@ class Masking:
         self._bound: tuple[bytes, bytes] | None = None  # our key (PEM), and its signature of our masking key
 
     def require(self, spec: RunSpec) -> None:
-        """Raise MaskingRefused if this client can be in no masked sum of the run."""
+        """Raise PolicyRefused if this client can be in no masked sum of the run."""
         if spec.privacy.mode == "malicious" and not self._trust.knows:
-            raise MaskingRefused(
-                f"client '{self.name}' knows nobody's masking key, so a server that lies could invent the others; enrol it "
-                '(seqfed client enroll), or list the keys of all clients (seqfed client key) and set peers = "peers.toml"; '
-                "where the server is trusted not to lie, privacy.mode = 'semi_honest' is for the run"
+            raise PolicyRefused(
+                f"client '{self.name}' knows nobody's masking key, and a server that lies could invent the others; enrol it "
+                '(seqfed client enroll), or set peers = "peers.toml" with all clients\' keys (seqfed client key); '
+                "privacy.mode = 'semi_honest' is for a server that does not lie"
             )
 
     def begin(self, spec: RunSpec, terms: Terms) -> Client:

@@ -40,7 +40,7 @@ RunName = Annotated[str, typer.Argument(help="Its id, the beginning of it, or it
 LOCAL = "127.0.0.1:7733"
 
 
-def _on_server(server: str, insecure: bool, credentials: Path | None, call: Callable[[Operator], Awaitable[T]]) -> T:
+def on_server(server: str, insecure: bool, credentials: Path | None, call: Callable[[Operator], Awaitable[T]]) -> T:
     """The result of calls to the server; Ctrl-C ends with status 130 and no traceback."""
     import asyncio
 
@@ -93,7 +93,7 @@ def submit(
         last = await follow(operator, view.run, as_json=as_json, paused=_say_paused)
         return last.phase == "finished"
 
-    if not _on_server(server, insecure, credentials, call):
+    if not on_server(server, insecure, credentials, call):
         raise typer.Exit(1)
 
 
@@ -129,7 +129,7 @@ def runs(
 
     from seqfed.client.shown import run_dict, runs_table
 
-    found = _on_server(server, insecure, credentials, lambda operator: operator.runs())
+    found = on_server(server, insecure, credentials, lambda operator: operator.runs())
     if as_json:
         print(json.dumps([run_dict(view) for view in found]))
     else:
@@ -146,7 +146,7 @@ def watch(
     """Follow a run live until it ends. Ctrl-C stops watching, not the run."""
     from seqfed.client.watching import follow
 
-    last = _on_server(server, insecure, credentials, lambda operator: follow(operator, run, as_json=as_json))
+    last = on_server(server, insecure, credentials, lambda operator: follow(operator, run, as_json=as_json))
     if last.phase != "finished":
         raise typer.Exit(1)
 
@@ -168,7 +168,7 @@ def metrics(
 
     if plot is not None:
         history.require_plots(plot)
-    view = _on_server(server, insecure, credentials, lambda operator: operator.history(run))
+    view = on_server(server, insecure, credentials, lambda operator: operator.history(run))
     text = history.as_csv(view) if kind is Format.CSV else history.as_json(view)
     if out is None:
         print(text, end="")
@@ -186,7 +186,7 @@ def pause(
     as_json: Json = False,
 ) -> None:
     """Hold a run where it is: its clients are free for other runs, and what they have sent stays."""
-    _tell(_on_server(server, insecure, credentials, lambda operator: operator.pause(run)), as_json)
+    _tell(on_server(server, insecure, credentials, lambda operator: operator.pause(run)), as_json)
 
 
 def resume(
@@ -197,7 +197,7 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Queue a paused run again; it goes on in the round in which it was paused."""
-    _tell(_on_server(server, insecure, credentials, lambda operator: operator.resume(run)), as_json)
+    _tell(on_server(server, insecure, credentials, lambda operator: operator.resume(run)), as_json)
 
 
 def stop(
@@ -208,7 +208,7 @@ def stop(
     as_json: Json = False,
 ) -> None:
     """End a run; the model of its last finished round stays."""
-    _tell(_on_server(server, insecure, credentials, lambda operator: operator.stop(run)), as_json)
+    _tell(on_server(server, insecure, credentials, lambda operator: operator.stop(run)), as_json)
 
 
 def _tell(view: RunView, as_json: bool) -> None:
@@ -229,7 +229,7 @@ def clients(
 
     from seqfed.client.shown import client_dict, clients_table
 
-    found = _on_server(server, insecure, credentials, lambda operator: operator.clients())
+    found = on_server(server, insecure, credentials, lambda operator: operator.clients())
     if as_json:
         print(json.dumps([client_dict(view) for view in found]))
     else:
@@ -255,7 +255,7 @@ def revoke(
     """
     import json
 
-    view = _on_server(server, insecure, credentials, lambda operator: operator.revoke(name, reason))
+    view = on_server(server, insecure, credentials, lambda operator: operator.revoke(name, reason))
     print(json.dumps({"client": view.client, "revoked": view.revoked}) if as_json else f"{view.client}: revoked")
 
 
@@ -283,7 +283,7 @@ def audit(
             head = (entry.number, entry.digest)
             print(json.dumps(entry_dict(entry)) if as_json else entry_line(entry))
 
-    _on_server(server, insecure, credentials, call)
+    on_server(server, insecure, credentials, call)
 
 
 class ModelFormat(StrEnum):
@@ -318,7 +318,7 @@ def export(
     import tempfile
 
     if kind is ModelFormat.SAFETENSORS:
-        size = _on_server(server, insecure, credentials, lambda operator: operator.export(run, out))
+        size = on_server(server, insecure, credentials, lambda operator: operator.export(run, out))
     else:
         from seqfed.client.convert import convert, require
 
@@ -328,7 +328,7 @@ def export(
             out = Path("model.onnx" if onnx else "model.pt")
         with tempfile.TemporaryDirectory(prefix="seqfed-") as folder:
             fetched = Path(folder, "model.safetensors")
-            _on_server(server, insecure, credentials, lambda operator: operator.export(run, fetched))
+            on_server(server, insecure, credentials, lambda operator: operator.export(run, fetched))
             size = convert(fetched, out, "onnx" if onnx else "torchscript", allow_custom or ())
     print(json.dumps({"model": str(out), "bytes": size}) if as_json else f"{out}: {size:,} bytes")
 
@@ -342,7 +342,7 @@ def health(
     from seqfed.common.errors import ServerUnavailable
 
     try:
-        serving, why = _on_server(server, insecure, credentials, lambda operator: operator.healthy()), ""
+        serving, why = on_server(server, insecure, credentials, lambda operator: operator.healthy()), ""
     except ServerUnavailable as error:
         serving, why = False, str(error)
     print(

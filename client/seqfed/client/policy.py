@@ -7,13 +7,15 @@ changing it, and nothing here can make either of them keep it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from seqfed.common.errors import PolicyRefused
+from seqfed.common.errors import ConfigError, PolicyRefused
 from seqfed.common.spec import Count, Name, RunSpec, Settings
 
 Total = Annotated[int, Field(ge=0, le=1 << 62)]
@@ -52,6 +54,10 @@ class Policy(Settings):
         default=None, description="smallest number of clients behind a new model, or in a masked sum"
     )
     secure_aggregation: bool = Field(default=False, description="only runs whose server sees no single update")
+    semi_honest: bool = Field(
+        default=False,
+        description="with secure_aggregation: also runs that hide updates only from a server that does not lie",
+    )
     max_clip: Positive | None = Field(default=None, description="L2 norm to which this client clips its update")
     min_noise: Positive | None = Field(default=None, description="noise multiplier, in units of the clip")
     # All runs together, of whomever, for ever: the account is kept in the client's state folder.
@@ -68,6 +74,21 @@ class Policy(Settings):
 
 
 @dataclass(frozen=True)
+class Released:
+    """What a run with differential privacy has had of this data holder. data: of which data set; noise: its multiplier.
+
+    round: the last one that it was asked for. releases: updates that it has been given, and the one in question.
+    """
+
+    run: str
+    data: str
+    spec: RunSpec
+    noise: float | None
+    round: int
+    releases: int
+
+
+@dataclass(frozen=True)
 class Spent:
     """What a run, and all runs together, have had of this client, the task in question included.
 
@@ -78,6 +99,7 @@ class Spent:
     rounds: int = 1
     rounds_total: int = 1
     bytes_total: int = 0
+    released: Callable[[], Sequence[Released]] = field(default=tuple, compare=False, repr=False)
 
 
 def check(policy: Policy, spec: RunSpec, model_bytes: int, operator: str | None, spent: Spent) -> None:
@@ -113,6 +135,8 @@ def refusals(policy: Policy, spec: RunSpec, model_bytes: int, operator: str | No
             f"and the limit is {policy.min_cohort:,}; raise {what}"
         )
     yield from _privacy(policy, promised(spec))
+    if policy.max_epsilon is not None:
+        yield from _ledger(policy.max_epsilon, spent.released())
 
 
 def _whose(policy: Policy, spec: RunSpec, operator: str | None) -> Iterator[str]:
@@ -154,12 +178,97 @@ class Promised:
     clip: float | None = None
     noise: float | None = None
     epsilon: float | None = None
+    semi_honest: bool = False  # secure, but only from a server that does not lie
 
 
 def promised(spec: RunSpec) -> Promised:
-    """What the run's operator has signed of this. Of noise, and so of an epsilon, runs of this version have none."""
-    secure = spec.privacy.secure_aggregation
-    return Promised(secure=secure, clip=spec.privacy.clip if secure else None)
+    """What the run's operator has signed of this. An adaptive clip is none that can be relied on."""
+    secure, dp, weak = spec.privacy.secure_aggregation, spec.privacy.dp, spec.privacy.mode == "semi_honest"
+    if dp is None:
+        return Promised(secure, spec.privacy.clip if secure else None, semi_honest=weak)
+    clip = None if isinstance(dp.clip, str) else dp.clip
+    epsilon = dp.epsilon if dp.noise_multiplier is None else _planned(spec)
+    return Promised(secure, clip, multiplier(spec), epsilon, semi_honest=weak)
+
+
+def multiplier(spec: RunSpec) -> float | None:
+    """The run's noise multiplier; None if it has none, or only this client's data tell, or it takes the extra seqfed[dp]."""
+    dp = spec.privacy.dp
+    if dp is None or dp.noise_multiplier is not None:
+        return None if dp is None else dp.noise_multiplier
+    return _reckoned(spec.canonical)[0]
+
+
+def _planned(spec: RunSpec) -> float | None:
+    return _reckoned(spec.canonical)[1]
+
+
+@lru_cache(maxsize=64)
+def _reckoned(canonical: bytes) -> tuple[float | None, float | None]:
+    """Noise multiplier and epsilon of the whole run, as far as they are known."""
+    from seqfed.common.dp import accounting
+
+    try:
+        found = accounting.plan(RunSpec.model_validate_json(canonical))
+    except ConfigError:
+        return None, None
+    return found.noise_multiplier, found.epsilon
+
+
+@dataclass(frozen=True)
+class Account:
+    """What was spent of this data holder in one unit of privacy; epsilon: None where it is not known."""
+
+    unit: str
+    epsilon: float | None
+    delta: float
+    accountant: str
+
+
+def account(released: Sequence[Released]) -> list[Account]:
+    """The ledger added up, one account a unit. Raises ConfigError without the extra seqfed[dp].
+
+    Releases of one client compose, whatever data set they are of. Where the server draws clients in secret, all rounds so far
+    count, and sampling is what the run's operator has signed.
+    """
+    from seqfed.common.dp import accounting
+
+    found, parts, deltas, goals = [], [], [], list[tuple[float | None, float]]()
+    for one in released:
+        dp = one.spec.privacy.dp
+        assert dp is not None  # or it would not be in the ledger
+        if dp.mode == "example":
+            goals.append((dp.epsilon, dp.delta))
+            continue
+        deltas.append(dp.delta)
+        drawn = dp.population is not None
+        taken = None if drawn else one.releases
+        parts.append((one.spec, one.round if drawn else max(one.round, one.releases), one.noise, taken))
+    if parts:
+        known = [(spec, rounds, noise, taken) for spec, rounds, noise, taken in parts if noise is not None]
+        whole = accounting.together(known, max(deltas)) if len(known) == len(parts) else (None, "unknown noise")
+        found.append(Account("client", whole[0], max(deltas), whole[1]))
+    if goals:
+        known_goals = [epsilon for epsilon, _ in goals if epsilon is not None]
+        whole_goal = math.fsum(known_goals) if len(known_goals) == len(goals) else None
+        found.append(Account("example", whole_goal, math.fsum(delta for _, delta in goals), "the runs' goals added up"))
+    return found
+
+
+def _ledger(limit: float, released: Sequence[Released]) -> Iterator[str]:
+    try:
+        accounts = account(released)
+    except ConfigError as error:
+        yield f"max_epsilon: {error}"
+        return
+    for one in accounts:
+        if one.epsilon is None:
+            yield f"max_epsilon: what is spent of the privacy of each {one.unit} is not known, and the limit is {limit:g}"
+        elif one.epsilon > limit:
+            yield (
+                f"max_epsilon: all runs together, with this round, have epsilon {one.epsilon:.4g} (delta {one.delta:g}, unit "
+                f"{one.unit}), and the limit is {limit:g}"
+            )
 
 
 def _privacy(policy: Policy, run: Promised) -> Iterator[str]:
@@ -167,6 +276,11 @@ def _privacy(policy: Policy, run: Promised) -> Iterator[str]:
         yield (
             "secure_aggregation: required, and the server sees every single update of this run; "
             "set privacy.secure_aggregation = true in it"
+        )
+    if policy.secure_aggregation and run.secure and run.semi_honest and not policy.semi_honest:
+        yield (
+            "semi_honest: the run hides updates only from a server that does not lie (privacy.mode = 'semi_honest'), and that is "
+            "not allowed here"
         )
     if policy.max_clip is not None and (run.clip is None or run.clip > policy.max_clip):
         yield f"max_clip: {_own('clip', run.clip)}, and the limit is {policy.max_clip:g}"

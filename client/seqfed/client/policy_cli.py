@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,8 +36,9 @@ def check(
     With --state or --name what runs have had before counts too.
     """
     import json
+    from dataclasses import replace
 
-    from seqfed.client.policy import Policy, Spent, refusals
+    from seqfed.client.policy import Policy, Released, Spent, multiplier, refusals
     from seqfed.common.config import load_toml
     from seqfed.common.errors import ConfigError
     from seqfed.common.model import layout_of
@@ -50,8 +51,16 @@ def check(
         size = 0
     before = Spent(0, 0, 0, 0)
     if state is not None or name is not None:
-        before = _account(state, name).total()
-    first = Spent(before.runs + 1, 1, before.rounds_total + 1, before.bytes_total + 2 * size)
+        account = _account(state, name)
+        before = replace(account.total(), released=account.released)
+    whole = () if spec.privacy.dp is None else (Released("", "", spec, multiplier(spec), spec.rounds, spec.rounds),)
+    first = Spent(
+        before.runs + 1,
+        1,
+        before.rounds_total + 1,
+        before.bytes_total + 2 * size,
+        lambda: (*before.released(), *whole),
+    )
     found = list(refusals(known, spec, size, operator, first))
     if as_json:
         typer.echo(json.dumps({"run": spec.name, "refused": found}))
@@ -75,7 +84,7 @@ def spent(name: Name = None, state: State = None, as_json: Json = False) -> None
     total, found = account.total(), account.operators()
     if as_json:
         each = {operator: _figures(one) for operator, one in sorted(found.items())}
-        typer.echo(json.dumps({**_figures(total), "operators": each}))
+        typer.echo(json.dumps({**_figures(total), "operators": each, "privacy": _privacy(account)}))
     elif not found:
         typer.echo("no run has had anything yet")
     else:
@@ -83,6 +92,30 @@ def spent(name: Name = None, state: State = None, as_json: Json = False) -> None
         for operator, one in (*sorted(found.items()), ("all together", total)):
             table.add_row(operator or "(not signed)", *(f"{figure:,}" for figure in _figures(one).values()))
         rich_print(table)
+        for line in _privacy(account)["totals"]:
+            epsilon = "not known" if line["epsilon"] is None else f"{line['epsilon']:.4g}"
+            typer.echo(
+                f"differential privacy, unit {line['unit']}: epsilon {epsilon}, delta {line['delta']:g}; {line['accountant']}"
+            )
+
+
+def _privacy(account: Account) -> dict[str, list[dict[str, Any]]]:
+    """The client's own ledger: each run with differential privacy, and all together."""
+    from seqfed.client.policy import account as added_up
+
+    released = account.released()
+    runs = [
+        {
+            "run": one.run,
+            "name": one.spec.name,
+            "data": one.data,
+            "releases": one.releases,
+            "noise_multiplier": one.noise,
+            **vars(added_up([one])[0]),
+        }
+        for one in released
+    ]
+    return {"runs": runs, "totals": [vars(one) for one in added_up(released)]}
 
 
 def _figures(one: Spent) -> dict[str, int]:

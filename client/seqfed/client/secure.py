@@ -13,16 +13,20 @@ import numpy as np
 from blake3 import blake3
 
 from seqfed.client.work import LocalUpdate
+from seqfed.common.compression import rotsub
+from seqfed.common.dp import noise, skellam
 from seqfed.common.errors import MaskingRefused
 from seqfed.common.masking.agreed import (
     largest_weight,
     lattice_of,
+    mechanism_of,
+    part_of,
     rotation_seed,
     scalar_names,
     terms_of,
     weight_of,
 )
-from seqfed.common.masking.messages import Confirmed, Delivery, Done, MaskedInput, Reply, Request, Roster, Survivors
+from seqfed.common.masking.messages import Confirmed, Delivery, Done, Reply, Request, Roster, Survivors
 from seqfed.common.masking.terms import Purpose, Terms
 from seqfed.common.quantising import quantise
 from seqfed.common.seeds import generator
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from seqfed.client.masking import Masking
-    from seqfed.common.masking.client import Client
     from seqfed.common.views import Task
 
 R = TypeVar("R", Roster, Delivery, Survivors, Confirmed, Done)
@@ -46,18 +49,21 @@ async def take_part(masking: Masking, task: Task, given: Given, ask: Ask, send: 
     Raises MaskingRefused, ConfigError for terms that cannot be, and what `ask` and `send` raise; the secrets are then forgotten.
     """
     threads, log, key = asyncio.to_thread, masking.log, task.key
-    digest = given.digest if isinstance(given, LocalUpdate) else _digest(task, given)
+    # Of what an evaluation or a measuring gives, one sum a round: it is the same each time, whatever the server sends before.
+    digest = given.digest if isinstance(given, LocalUpdate) else blake3(task.kind.value.encode()).digest()
     if digest in await threads(log.opened, key):
         raise MaskingRefused(
             "what this client has to give was in a sum of this round that may have been opened, and it gives nothing twice"
         )
     terms = _terms(task, given)
     half = masking.begin(task.spec, terms)
+    # Needs nothing of the others, so it is made while they are waited for.
+    made = asyncio.ensure_future(threads(contribution, terms, task, masking.name, given))
     try:
         roster = _due(Roster, await ask(half.advertise(), ()))
         names = roster.names
         delivery = _due(Delivery, await ask(await threads(half.share, roster), names))
-        packed, masked = await threads(_masked, half, delivery, terms, task, masking.name, given)
+        packed, masked = await threads(half.mask, delivery, *await asyncio.shield(made))
         # From here on the others can open the sum, whether this client hears of it or not.
         await threads(log.note_opened, key, digest)
         if packed:
@@ -69,6 +75,9 @@ async def take_part(masking: Masking, task: Task, given: Given, ask: Ask, send: 
         _due(Done, await ask(opening, names))
     finally:
         half.wipe()
+        await asyncio.wait((made,))  # it reads the update, whose memory the next training takes
+        if not made.cancelled():
+            made.exception()
 
 
 def contribution(
@@ -78,11 +87,22 @@ def contribution(
     spec, round_ = task.spec, task.key.round
     vector = None
     if isinstance(given, LocalUpdate):
-        weight = weight_of(spec, given.weight)
-        draw = generator(spec.seed, round_, client, "rounding")
-        share, seed = weight / largest_weight(spec), rotation_seed(spec, round_)
-        vector, clipped = quantise(given.delta, share, lattice_of(spec, terms), seed, draw)
+        weight, seed, private = weight_of(spec, given.weight), rotation_seed(spec, round_), spec.privacy.dp
+        mechanism = mechanism_of(spec, terms)
+        part = part_of(spec, terms, given.delta.size)
+        if mechanism is not None:
+            noisy = private is not None and private.mode == "distributed"
+            vector, clipped = skellam.encode(given.delta, mechanism, seed, noise.fresh_key(), noisy=noisy)
+        else:
+            draw, share = generator(spec.seed, round_, client, "rounding"), weight / largest_weight(spec)
+            if part is not None:
+                vector, clipped = rotsub.quantise(given.delta, share, part, seed, draw)
+            else:
+                vector, clipped = quantise(given.delta, share, lattice_of(spec, terms), seed, draw)
         tally = {**given.tally, "weight": weight, "clients": 1, "clipped": int(clipped)}
+        if private is not None and not private.is_public:
+            # nothing of the data without noise, not even whether an update was clipped
+            tally = {"weight": weight, "clients": 1}
     else:
         tally = dict(given)
     names = scalar_names(spec, terms.purpose)
@@ -99,18 +119,6 @@ def _terms(task: Task, given: Given) -> Terms:
     dim = given.delta.size if isinstance(given, LocalUpdate) else 0
     chosen, purpose = task.masking, Purpose(task.kind.value)
     return terms_of(task.spec, task.key, purpose, chosen.number, chosen.n_max, task.model.digest, task.statistics, dim)
-
-
-def _digest(task: Task, tally: Mapping[str, int]) -> bytes:
-    """Of a tally; the same numbers of another model are others."""
-    return blake3(repr((task.kind.value, task.model.digest, sorted(tally.items()))).encode()).digest()
-
-
-def _masked(
-    half: Client, delivery: Delivery, terms: Terms, task: Task, client: str, given: Given
-) -> tuple[bytes, MaskedInput]:
-    vector, scalars = contribution(terms, task, client, given)
-    return half.mask(delivery, vector, scalars)
 
 
 def _due(kind: type[R], reply: Reply) -> R:

@@ -10,7 +10,7 @@ federation has gone on. An evaluation waits for its turn behind a training in ha
 task wherever that is. The same task again, perhaps for another attempt, is the one in hand; if it brings the number of a new
 masked sum, the one under way is given up for it.
 
-In a run with secure aggregation the server is told how far a task is in per cent, and nothing of its loss. What a training has
+In a private run the server is told how far a task is in per cent, and nothing of its loss. What a training has
 made is kept for another attempt at its round, unless a sum that it was in may have been opened: then it is made anew.
 """
 
@@ -26,19 +26,25 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import grpc
 import numpy as np
+from blake3 import blake3
 
 from seqfed.client import secure
 from seqfed.client.channel import connected
 from seqfed.client.connection import Connection
 from seqfed.client.enroll import Renewal
+from seqfed.client.packing import Packer
 from seqfed.client.work import LocalUpdate, Workshop
 from seqfed.common import views
+from seqfed.common.compression import Key, decode, largest
+from seqfed.common.compression.chosen import chosen, download
 from seqfed.common.errors import (
     BrokenTransfer,
+    ChecksumMismatch,
     ConfigError,
     DuplicateUpdate,
     InsecureRefused,
     InvalidName,
+    LayoutMismatch,
     LeaseLost,
     MaskingFailed,
     MaskingRefused,
@@ -50,16 +56,19 @@ from seqfed.common.errors import (
     ServerUnavailable,
     StorageError,
     StorageFull,
+    TooLarge,
     TrainingFailed,
     Unauthenticated,
     UnknownRun,
     UnknownSession,
+    UpdateOutOfRange,
     VersionMismatch,
     WrongRound,
 )
 from seqfed.common.identity import day
 from seqfed.common.layout import BYTES_PER_PARAMETER, Flat
 from seqfed.common.logs import about
+from seqfed.common.model import layout_of
 from seqfed.common.transfer import Pace, Reassembly
 from seqfed.common.views import Progress, Stage, TaskKind
 
@@ -87,6 +96,8 @@ BROKEN = (ServerUnavailable, BrokenTransfer)  # what a transfer ends with if the
 PASSING = (*BROKEN, UnknownSession, Unauthenticated, Overloaded, RateLimited, LeaseLost, StorageFull, StorageError)
 # The federation has gone on without this work; where a masked sum did not come about, to another try at it.
 OUTDATED = (WrongRound, RunEnded, NoModel, UnknownRun, DuplicateUpdate, MaskingFailed)
+# What following the steps to a model ends with where the whole model is then the remedy.
+FELL_SHORT = (NoModel, BrokenTransfer, ChecksumMismatch, LayoutMismatch, TooLarge, UpdateOutOfRange, VersionMismatch)
 UNHURRIED: Final = (Stage.FETCHING, Stage.SENDING)  # told even if nothing moved: what they wait for is elsewhere
 READING_S: Final = 600.0  # so long may the data be read without a sign of it
 
@@ -169,8 +180,10 @@ class Session:
         rng: random.Random | None = None,
         consent: Callable[[views.Task], None] | None = None,
         masking: Masking | None = None,
+        packer: Packer | None = None,
     ) -> None:
         self._workshop = workshop
+        self._packer = Packer() if packer is None else packer
         self._consent = consent
         self._masking = masking
         self._servers = servers
@@ -192,6 +205,7 @@ class Session:
 
     async def run(self) -> None:
         """Take part until cancelled; raises only what trying again cannot mend."""
+        self._model = self._model or await asyncio.to_thread(self._packer.kept_model)
         parts = [asyncio.ensure_future(part) for part in (self._keep_connected(), self._work())]
         try:
             await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)  # neither ends but by an error
@@ -221,7 +235,8 @@ class Session:
                 async with self._dial(address, self._insecure) as channel:
                     connection = Connection(channel, address)
                     schema, working = self._workshop.source.schema, self._working()
-                    spread = await connection.join(self._workshop.client, self._instance, schema, working)
+                    holds = b"" if self._model is None else self._model[0]
+                    spread = await connection.join(self._workshop.client, self._instance, schema, working, holds)
                     began = clock()
                     self._log.info("connected to %s; waiting for tasks", address)
                     self._have(connection)
@@ -321,7 +336,8 @@ class Session:
 
     async def _work(self) -> None:
         while True:
-            await self._offered.wait()
+            while not self._waiting:  # what was offered may have been taken back in the same turn of the loop
+                await self._offered.wait()
             task = self._waiting.pop(0)
             if not self._waiting:
                 self._offered.clear()
@@ -383,7 +399,7 @@ class Session:
         )
 
     async def _fetch(self, hand: _Hand) -> Flat:
-        """The task's global model, from the last task if it is the same one."""
+        """The task's global model, from the last task if it is the same one, or by the steps to it if they are known."""
         model = hand.task.model
         flat = None
         if self._model is not None:
@@ -391,6 +407,8 @@ class Session:
             if digest == model.digest:
                 return flat
             self._model = None
+            if (missed := _missed(model, digest)) and await self._follow(hand, flat, missed):
+                return await self._have_model(hand, flat)
         if flat is None or flat.nbytes != model.nbytes:
             flat = np.empty(model.nbytes // BYTES_PER_PARAMETER, "<f4")
         room = flat.data.cast("B")
@@ -406,18 +424,58 @@ class Session:
             into.finish()
         else:
             hand.tell(Progress(Stage.FETCHING, 0, model.nbytes))
+            await self._take(hand, model.version, into)
+        return await self._have_model(hand, flat)
 
-            async def fetch(server: Connection) -> None:
-                had, clock = into.received, asyncio.get_running_loop().time
-                began = clock()
-                with self._paced():
-                    await server.fetch_model(hand.key.run, model.version, into, self._pace.size)
-                self._pace.timed(into.received - had, clock() - began)
+    async def _take(self, hand: _Hand, version: int, into: Reassembly, *, step: bool = False) -> None:
+        """Fetch a model, or the payload that leads to it, over whatever connections there are."""
 
-            await self._persist(hand, fetch)
-        self._model = (model.digest, flat)
+        async def fetch(server: Connection) -> None:
+            had, clock = into.received, asyncio.get_running_loop().time
+            began = clock()
+            with self._paced():
+                await server.fetch_model(hand.key.run, version, into, self._pace.size, step=step)
+            self._pace.timed(into.received - had, clock() - began)
+
+        await self._persist(hand, fetch)
+
+    async def _have_model(self, hand: _Hand, flat: Flat) -> Flat:
+        digest = hand.task.model.digest
+        if hand.task.spec.compression.download != "none":
+            await asyncio.to_thread(self._packer.keep_model, digest, flat)
+        self._model = (digest, flat)
         hand.tell(Progress(Stage.READING))  # until the first batch: the network is built, torch perhaps loaded
         return flat
+
+    async def _follow(self, hand: _Hand, flat: Flat, missed: Sequence[views.ModelStep]) -> bool:
+        """Add these steps to the model, in its place; False if that does not make the task's model: `flat` is then void."""
+        task, layout = hand.task, layout_of(hand.task.spec)
+        codec = download(task.spec, layout.size)
+        if codec is None or flat.size != layout.size:
+            return False
+        try:
+            for step in missed:
+                if step.nbytes > (most := largest(codec, layout)):
+                    raise TooLarge(
+                        f"a step of {step.nbytes:,} bytes was announced; {most:,} is the most that it can have"
+                    )
+                room = bytearray(step.nbytes)
+                into = Reassembly(step.nbytes, step.digest, _sink(room))
+                if step.data:
+                    into.add(0, step.data)
+                    into.finish()
+                else:
+                    hand.tell(Progress(Stage.FETCHING, 0, step.nbytes))
+                    await self._take(hand, step.version, into, step=True)
+                key = Key(task.spec.seed, task.key.run, step.version)
+                await asyncio.to_thread(_add, flat, decode(memoryview(room), layout, key, codec))
+            found = await asyncio.to_thread(lambda: blake3(flat.data.cast("B")).digest())
+            if found != task.model.digest:
+                raise ChecksumMismatch("the steps to the model do not end at the one that the server announces")
+        except FELL_SHORT as error:
+            about(self._log, run=task.key.run, round=task.key.round).info("%s; fetching the whole model", error)
+            return False
+        return True
 
     async def _update(self, hand: _Hand, flat: Flat, masking: Masking | None = None, number: int = 0) -> LocalUpdate:
         """What the training makes; for a masked sum, of this number, what it has made before unless that may have been opened."""
@@ -437,21 +495,46 @@ class Session:
         return made
 
     async def _submit(self, hand: _Hand, update: LocalUpdate) -> None:
-        delta = update.delta.astype("<f4", copy=False).data.cast("B")
+        task, codec = hand.task, chosen(hand.task.spec, update.delta.size, self._pace.bytes_per_s)
+        if codec is None:
+            data, digest = update.delta.astype("<f4", copy=False).data.cast("B"), update.digest
+        else:
+            if codec.feeds_back:
+                await self._settle(hand)
+            layout = layout_of(task.spec)
+            data = memoryview(
+                await asyncio.to_thread(self._packer.pack, task, self._workshop.client, layout, update.delta, codec)
+            )
+            digest = blake3(data).digest()
 
         def header() -> views.UpdateHeader:
             return views.UpdateHeader(
                 key=hand.key,
                 weight=update.weight,
-                layout_digest=hand.task.model.layout_digest,
-                nbytes=len(delta),
-                digest=update.digest,
+                layout_digest=task.model.layout_digest,
+                nbytes=len(data),
+                digest=digest,
                 offset=0,
                 tally=update.tally,
                 training_seconds=update.training_seconds,
+                codec="" if codec is None else codec.name,
             )
 
-        await self._send(hand, header, delta)
+        await self._send(hand, header, data)
+        if codec is not None and codec.feeds_back:
+            await asyncio.to_thread(self._packer.counted, task.key.run, task.key.round)
+
+    async def _settle(self, hand: _Hand) -> None:
+        """Ask what became of the run's update before this one, where the answer was missed."""
+        run = hand.key.run
+        open_ = await asyncio.to_thread(self._packer.unsettled, run, hand.key.round)
+        if open_ is None:
+            return
+        key, digest = views.TaskKey(run, open_[0], 1), open_[1]
+        with contextlib.suppress(*OUTDATED):  # it did not count
+            _, complete = await self._persist(hand, lambda server: server.upload_status(key, digest))
+            if complete:
+                await asyncio.to_thread(self._packer.counted, run, key.round)
 
     async def _send(
         self, hand: _Hand, header: Callable[[], views.UpdateHeader], data: memoryview, turn: _Turn | None = None
@@ -469,8 +552,11 @@ class Session:
             first = False
             if complete:
                 return
+            clock = asyncio.get_running_loop().time
+            began = clock()
             with self._paced():
                 await server.submit_update(replace(what, offset=offset), data, self._pace.size, sent)
+            self._pace.carried(len(data) - offset, clock() - began)
 
         sent(0)
         await self._persist(hand, send, turn)
@@ -574,7 +660,8 @@ class Session:
     async def _beat(self, hand: _Hand) -> None:
         """Tell the server every BEAT_S how far the task is, as long as it goes on; what it does not want is dropped."""
         told: tuple[Connection, Progress] | None = None
-        secret = hand.task.spec.privacy.secure_aggregation
+        private = hand.task.spec.privacy
+        secret = private.secure_aggregation or (private.dp is not None and not private.dp.is_public)
         while True:
             await asyncio.sleep(BEAT_S)
             connection, progress = self._connection, hand.progress
@@ -596,6 +683,26 @@ class Session:
             await self._persist(hand, lambda server: server.report_failure(hand.key, error))
         except (_Overtaken, SeqfedError):
             about(self._log, run=hand.key.run, round=hand.key.round).info("the server no longer asks")
+
+
+def _missed(model: views.ModelVersion, held: bytes) -> Sequence[views.ModelStep]:
+    """The steps to the model from the one that is held; none if they do not begin there."""
+    place = next((at for at, one in enumerate(model.steps) if one.base == held), len(model.steps))
+    return model.steps[place:]
+
+
+def _sink(room: bytearray) -> Callable[[int, bytes], None]:
+    def sink(offset: int, data: bytes) -> None:
+        room[offset : offset + len(data)] = data
+
+    return sink
+
+
+def _add(flat: Flat, change: Iterator[Flat]) -> None:
+    start = 0
+    for part in change:
+        flat[start : start + len(part)] += part
+        start += len(part)
 
 
 def _same(one: views.Task, other: views.Task) -> bool:

@@ -35,6 +35,7 @@ def round_dict(record: RoundRecord) -> dict[str, Any]:
         "evaluated_clients": record.evaluated_clients,
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
+        "traffic": {client: {"bytes_up": up, "bytes_down": down} for client, (up, down) in record.traffic.items()},
         "seconds": round(record.seconds, 4),
         "slowest_training_seconds": round(record.slowest_training_seconds, 4),
     }

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
@@ -68,7 +68,7 @@ def train(
     """
     settings, device = spec.training, network.device
     rate = learning_rate(settings, round_, spec.rounds)
-    optimizer, loss_of = _optimizer(network, settings, rate), loss_for(spec, device)
+    optimizer, loss_of = optimizer_of(network, settings, rate), loss_for(spec, device)
     tally = {"examples": 0, "loss": 0}
     unread: list[tuple[int, Tensor]] = []
     lag = CUDA_LAG if device.type == "cuda" else 1
@@ -77,7 +77,7 @@ def train(
     network.train()
     begun = told = time.perf_counter()
     progress(Progress(Stage.TRAINING, 0, total, 1))
-    with _seeded(spec, draw, device), _memory_limits():
+    with seeded(spec, draw, device), memory_limits():
         for done, rows in enumerate(batches(len(data), settings, draw), 1):
             batch = data.batch(rows)
             optimizer.zero_grad()
@@ -141,7 +141,7 @@ def learning_rate(training: TrainingSpec, round_: int, rounds: int) -> float:
 
 def _backward(network: Network, batch: Batch, loss_of: Loss, spec: RunSpec) -> Tensor:
     """Add the gradient of the batch's mean loss to the parameters' gradients; that loss, a scalar."""
-    x, lengths, y = _tensors(batch, network.device)
+    x, lengths, y = tensors_of(batch, network.device)
     size = spec.training.truncate
     if size is None or size >= x.shape[1]:
         with _arithmetic(spec, network.device):
@@ -187,7 +187,8 @@ def _read(unread: list[tuple[int, Tensor]], tally: dict[str, int], rate: float) 
     return values[-1]
 
 
-def _optimizer(network: Network, settings: TrainingSpec, rate: float) -> torch.optim.Optimizer:
+def optimizer_of(network: nn.Module, settings: TrainingSpec, rate: float) -> torch.optim.Optimizer:
+    """The run's, at this learning rate."""
     parameters, decay = network.parameters(), settings.weight_decay
     match settings.optimizer:
         case "sgd":
@@ -199,7 +200,7 @@ def _optimizer(network: Network, settings: TrainingSpec, rate: float) -> torch.o
 
 
 @contextlib.contextmanager
-def _seeded(spec: RunSpec, draw: np.random.Generator, device: torch.device) -> Iterator[None]:
+def seeded(spec: RunSpec, draw: np.random.Generator, device: torch.device) -> Iterator[None]:
     """What a network itself draws (dropout) comes from `draw` too; torch's own generators end as they began."""
     if spec.model.dropout == 0 and spec.model.custom is None:
         yield
@@ -210,7 +211,7 @@ def _seeded(spec: RunSpec, draw: np.random.Generator, device: torch.device) -> I
 
 
 @contextlib.contextmanager
-def _memory_limits() -> Iterator[None]:
+def memory_limits() -> Iterator[None]:
     """Raise TrainingFailed where the GPU's memory does not suffice."""
     try:
         yield
@@ -327,8 +328,8 @@ def outputs_of(
     for start in range(0, len(data), at_once):
         indices = np.arange(start, min(start + at_once, len(data)))
         batch = data.batch(indices)
-        x, lengths, _ = _tensors(batch, network.device)
-        with torch.no_grad(), _memory_limits():
+        x, lengths, _ = tensors_of(batch, network.device)
+        with torch.no_grad(), memory_limits():
             outputs = network(x, lengths).cpu().numpy()
         yield indices, outputs, batch
 
@@ -347,6 +348,7 @@ def _labels_of(batch: Batch, spec: RunSpec) -> int:
     return int((batch.y >= 0).sum()) if spec.task.kind == "next_token" else len(batch)
 
 
-def _tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
+def tensors_of(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x and y on the device, and the lengths."""
     lengths = None if batch.lengths is None else torch.from_numpy(batch.lengths)
     return torch.from_numpy(batch.x).to(device), lengths, torch.from_numpy(batch.y).to(device)

@@ -13,7 +13,8 @@ from blake3 import blake3
 from seqfed.client import custom
 from seqfed.client.data import ClientData, Source
 from seqfed.common.config import validate_json
-from seqfed.common.errors import LayoutMismatch, SchemaMismatch
+from seqfed.common.dp import noise
+from seqfed.common.errors import LayoutMismatch, MaskingRefused, NonFiniteUpdate, SchemaMismatch
 from seqfed.common.layout import Flat, Layout, Parameters
 from seqfed.common.model import layout_of
 from seqfed.common.schema import misfit
@@ -112,19 +113,51 @@ class Workshop:
         from seqfed.client import training
 
         data = self.check(task).training
-        network = self._prepared(task, flat)
         spec = self._spec(task)
-        draw = generator(spec.seed, task.key.round, self.client, "batches", *((anew,) if anew else ()))
+        if anew and len(data) <= spec.training.batch_size and not spec.model.dropout:
+            raise MaskingRefused(
+                f"client '{self.client}' trains on all its data at once, so another training of this round would make the same "
+                "update, which was in a sum that may have been opened"
+            )
+        network = self._prepared(task, flat)
+        given = spec.privacy.dp
         try:
-            trained = training.train(network, data, spec, task.key.round, draw, cancelled, progress)
+            if given is not None and given.mode == "example":
+                from seqfed.client import private_training
+
+                key = noise.fresh_key()
+                trained = private_training.train(network, data, spec, task.key.round, key, cancelled, progress)
+            else:
+                draw = generator(spec.seed, task.key.round, self.client, "batches", *((anew,) if anew else ()))
+                trained = training.train(network, data, spec, task.key.round, draw, cancelled, progress)
         except training.Cancelled:
             return None
         if self._delta is None or self._delta.shape != flat.shape:
             self._delta = np.empty_like(flat)
         delta = network.save(out=self._delta).flat
         delta -= flat
+        weight, tally = data.weight, trained.tally
+        if given is not None and given.mode in {"local", "example"}:
+            if given.mode == "local":
+                delta[:] = self._hidden(delta, spec)
+            # what the data's size and losses are is no more the server's to know than the update is
+            weight, tally = 1, tally if given.is_public else dict.fromkeys(tally, 0)
         digest = blake3(delta.data.cast("B")).digest()
-        return LocalUpdate(delta, digest, data.weight, trained.tally, trained.seconds)
+        return LocalUpdate(delta, digest, weight, tally, trained.seconds)
+
+    @staticmethod
+    def _hidden(delta: Flat, spec: RunSpec) -> Flat:
+        """The update, clipped and with noise of its own: local differential privacy."""
+        from seqfed.common.dp import accounting
+
+        given, multiplier = spec.privacy.dp, accounting.noise_multiplier(spec)
+        assert given is not None
+        assert multiplier is not None  # there is one in all modes but `example`
+        clip, length = given.first_clip, float(np.linalg.norm(delta.astype(np.float64)))
+        if not np.isfinite(length):
+            raise NonFiniteUpdate("an update has numbers that are not finite; lower the learning rate")
+        clipped = np.multiply(delta, min(1.0, clip / length) if length else 1.0, dtype=np.float64)
+        return noise.released(clipped, multiplier * clip * noise.ROUNDED, noise.fresh_key())
 
     def evaluate(self, task: Task, flat: Flat, progress: Callable[[Progress], None] = lambda _: None) -> dict[str, int]:
         """The global model's exact sums on this client's validation data; `progress` as in `train`."""

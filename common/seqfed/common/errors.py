@@ -70,6 +70,10 @@ class BrokenTransfer(SeqfedError):
     """A stream's chunks are missing, out of order or of the wrong size."""
 
 
+class MalformedPayload(SeqfedError):
+    """A compressed update is not what its codec makes, or of another codec than its run has."""
+
+
 class InvalidName(SeqfedError):
     """A name or key has characters or a length that it must not have."""
 

@@ -29,6 +29,9 @@ CODEC: Final = "rotq-1"  # of both modules: another transform, order of steps or
 LEAST: Final = 2  # levels: with one, nearly all of a rotated update's numbers are rounded from below half a step
 PIECE: Final = 1 << 14  # numbers converted at once: their float64 and int64 copies (256 KiB) stay in a core's cache
 FLOAT32: Final = 1.001  # by which a rotated vector in float32 may be longer: 1e-6 were seen
+FINE: Final = (
+    1 << 16
+)  # parts of a step that rounding tells apart: 16 random bits a number, whose odds are right to 2^-16
 Residues = NDArray[np.unsignedinteger[Any]]
 
 
@@ -43,7 +46,7 @@ def levels(bits: int, n_max: int) -> int:
         most = ((1 << bits - 1) - 1) // LEAST
         raise ConfigError(
             f"privacy.b = {bits}: a sum of {bits} bits is for {most:,} clients at most, a round of this run may have "
-            f"{n_max:,}; raise privacy.b, or lower cohort.count and over_select"
+            f"{n_max:,}; raise privacy.b, or have fewer clients in a round (cohort.min_clients, count, over_select)"
         )
     return found
 
@@ -93,15 +96,20 @@ def quantise(
     )
     rotate(turned, seed)
     found = np.empty(lattice.dim, lattice.dtype)
-    reals, draws = np.empty(PIECE), np.empty(PIECE)
+    reals, whole, draws = np.empty(PIECE), np.empty(PIECE, np.int64), rounding.bit_generator
+    reach, mask = float(FINE * lattice.levels), (1 << lattice.bits) - 1
     for start in range(0, lattice.dim, PIECE):
         part = turned[start : start + PIECE]
-        real, draw = reals[: len(part)], draws[: len(part)]
-        np.multiply(part, share / lattice.step, out=real, dtype=np.float64)
-        real += rounding.random(out=draw)
+        count = len(part)
+        real, ints = reals[:count], whole[:count]
+        np.multiply(part, FINE * share / lattice.step, out=real, dtype=np.float64)
+        np.clip(real, -reach, reach, out=real)
         np.floor(real, out=real)
-        np.clip(real, -lattice.levels, lattice.levels, out=real)
-        found[start : start + PIECE] = real.astype(np.int64) & ((1 << lattice.bits) - 1)
+        np.copyto(ints, real, casting="unsafe")
+        ints += draws.random_raw(-(-count // 4)).astype("<u8", copy=False).view("<u2")[:count]
+        ints >>= 16
+        ints &= mask
+        np.copyto(found[start : start + count], ints, casting="unsafe")
     return found, clipped
 
 

@@ -387,18 +387,90 @@ class ConvergenceSpec(Settings):
     min_delta: float = Field(default=0.0, ge=0, description="a change that counts as improvement")
 
 
+class DPSpec(Settings):
+    """Differential privacy: what is clipped, who adds noise where, and how much may be spent (see `seqfed.common.dp`)."""
+
+    mode: Literal["central", "distributed", "local", "example"] = Field(
+        description="noise on the sum by the server; on the sum by all clients together, inside secure aggregation; on each "
+        "update by its client; on each step's gradients by the client, for single examples (DP-SGD)"
+    )
+    mechanism: Literal["gaussian", "ftrl"] = Field(
+        default="gaussian",
+        description="of central: fresh noise each round; or that of a tree over the rounds, which claims nothing of sampling",
+    )
+    epsilon: Annotated[float, Field(gt=0, le=1000)] | None = Field(
+        default=None, description="the most that the run may spend; no round begins that would pass it"
+    )
+    delta: float = Field(gt=0, le=0.01, description="chance beyond epsilon; well below one in the number of clients")
+    noise_multiplier: Annotated[float, Field(ge=0.05, le=1e6)] | None = Field(
+        default=None, description="deviation of the noise in units of the clip; left out: solved for from epsilon"
+    )
+    clip: Annotated[float, Field(gt=0, le=1e6)] | Literal["adaptive"] = Field(
+        default=1.0,
+        description="L2 norm to which each update (example: each gradient) is scaled down; adaptive: the median of the norms",
+    )
+    population: Annotated[int, Field(ge=1, le=1 << 40)] | None = Field(
+        default=None,
+        description="draw each connected client by itself, secretly, with probability cohort.count / population; "
+        "left out: whoever, and nothing is claimed of sampling",
+    )
+    participations: Count | None = Field(
+        default=None, description="of ftrl: rounds that one client takes part in at most; left out: all"
+    )
+    colluding: int = Field(
+        default=0, ge=0, le=100_000, description="of distributed: clients in a sum assumed to side with the server"
+    )
+    evaluation: Literal["refuse", "public"] = Field(
+        default="refuse",
+        description="what is told of clients' data without noise (metrics, training losses, statistics): nothing; or all, "
+        "as the report then says",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError(
+                "privacy.dp needs epsilon, the goal, or noise_multiplier; nothing is private without either"
+            )
+        for name, fits, owner in (
+            ("mechanism", self.mechanism == "gaussian" or self.mode == "central", "mode = 'central'"),
+            ("population", self.population is None or self._plain_central, "mode = 'central', mechanism = 'gaussian'"),
+            ("clip = 'adaptive'", self.clip != "adaptive" or self._plain_central, "mode = 'central', mechanism = 'gaussian'"),
+            ("participations", self.participations is None or self.mechanism == "ftrl", "mechanism = 'ftrl'"),
+            ("colluding", not self.colluding or self.mode == "distributed", "mode = 'distributed'"),
+        ):  # fmt: skip
+            if not fits:
+                raise ValueError(f"privacy.dp.{name} belongs to {owner}")
+        return self
+
+    @property
+    def _plain_central(self) -> bool:
+        return self.mode == "central" and self.mechanism == "gaussian"
+
+    @property
+    def first_clip(self) -> float:
+        """The clip of the first round; the adaptive one begins low, where it grows quickly (Andrew et al. 2021, 3.2)."""
+        return 0.1 if isinstance(self.clip, str) else self.clip
+
+    @property
+    def is_public(self) -> bool:
+        """Whether numbers made of clients' data are told without noise."""
+        return self.evaluation == "public"
+
+
 class PrivacySpec(Settings):
     """What keeps the server from learning more of a client than it must (see `seqfed.common.masking`)."""
 
     secure_aggregation: bool = Field(
-        default=False, description="the server learns the sums over a round's clients, and nothing of any one of them"
+        default=False,
+        description="the server learns the sums over a round's clients, and no one client's update, loss or scores",
     )
     mode: Literal["malicious", "semi_honest"] = Field(
         default="malicious",
         description="against a server that lies (two thirds of the clients must stay to the end), or one that only looks (half)",
     )
     min_survivors: int = Field(default=3, ge=2, le=100_000, description="smallest number of clients in a sum")
-    b: Literal[8, 12, 16, 20, 24, 32] = Field(default=16, description="bits a parameter in an upload")
+    b: Literal[8, 12, 16, 18, 20, 24, 32] = Field(default=16, description="bits a parameter in an upload")
     clip: float = Field(
         default=10.0, gt=0, le=1e6, description="L2 norm of an update above which the client scales it down to that"
     )
@@ -409,14 +481,90 @@ class PrivacySpec(Settings):
         description="share of clients that may leave in the course of one sum, for large cohorts",
     )
     step_s: float = Field(default=60.0, gt=0, le=86_400, description="seconds that a client may take for one step")
+    dp: DPSpec | None = Field(default=None, description="differential privacy; left out: none")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not self.secure_aggregation and self != PrivacySpec.model_construct():
+        if not self.secure_aggregation and self.model_copy(update={"dp": None}) != PrivacySpec.model_construct():
             raise ValueError(
                 "privacy.mode, min_survivors, b, clip, drop and step_s are of secure_aggregation = true; set it"
             )
+        if self.dp is not None:
+            self._check_dp(self.dp)
         return self
+
+    def _check_dp(self, dp: DPSpec) -> None:
+        """Raise ValueError where differential privacy and secure aggregation contradict each other."""
+        if dp.mode == "distributed":
+            if not self.secure_aggregation:
+                raise ValueError(
+                    "privacy.dp.mode = 'distributed' hides each client's small noise in a sum; it needs "
+                    "privacy.secure_aggregation = true"
+                )
+            if self.b < 16:
+                raise ValueError(
+                    f"privacy.b = {self.b}: the noise of privacy.dp.mode = 'distributed' needs b = 16 or more to keep its scale"
+                )
+            if dp.colluding >= self.min_survivors:
+                raise ValueError(
+                    f"privacy.dp.colluding ({dp.colluding}) leaves nobody of privacy.min_survivors ({self.min_survivors}) to "
+                    "add noise; raise min_survivors"
+                )
+        if self.secure_aggregation and dp.clip == "adaptive":
+            raise ValueError(
+                "privacy.dp.clip = 'adaptive': under secure aggregation the clients clip, and no task tells them a clip that "
+                "moves; set a number"
+            )
+        # The default stands in every canonical text, so it cannot be told from a clip that was left out.
+        if self.secure_aggregation and self.clip not in {self.bound, PrivacySpec.model_fields["clip"].default}:
+            raise ValueError(
+                f"privacy.clip ({self.clip:g}) and privacy.dp.clip ({self.bound:g}) are two bounds of one norm; drop "
+                "privacy.clip"
+            )
+
+    @property
+    def bound(self) -> float:
+        """The L2 norm that a client's update in a masked sum has at most."""
+        if self.dp is not None and self.dp.mode in {"central", "distributed"} and not isinstance(self.dp.clip, str):
+            return self.dp.clip
+        return self.clip
+
+
+class CompressionSpec(Settings):
+    """Fewer bytes for updates and models (see `seqfed.common.compression`)."""
+
+    upload: Literal["none", "rotq8", "rotq4", "eden1", "topk", "powersgd", "rotsub", "auto"] = Field(
+        default="none",
+        description="an update as: float32; 8, 4 or 1 bit of rotated numbers; the largest; of lower rank; a part that masked "
+        "sums can be of; what fits model, link and masking",
+    )
+    fraction: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="share that is sent of rotated (eden1: 0.16 if left out; rotsub: 0.1) or largest numbers (topk: 0.02)",
+    )
+    bits: Literal[1, 8] | None = Field(default=None, description="of topk: a number's sign (if left out), or a byte")
+    rank: Annotated[int, Field(ge=1, le=1 << 10)] | None = Field(
+        default=None, description="of powersgd: of what stands for a matrix; 4 if left out"
+    )
+    download: Literal["none", "delta8", "delta4", "auto"] = Field(
+        default="none",
+        description="a new model as: float32; 8 or 4 bits a number of its difference to the last; what fits its size",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, owners in (("fraction", ("eden1", "rotsub", "topk")), ("bits", ("topk",)), ("rank", ("powersgd",))):
+            if getattr(self, name) is not None and self.upload not in owners:
+                fitting = " or ".join(f"'{one}'" for one in owners)
+                raise ValueError(f"compression.{name} belongs to upload = {fitting}, not to '{self.upload}'; drop it")
+        return self
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether a client sends with its next update what it left out of the last one."""
+        return self.upload in {"topk", "powersgd"}
 
 
 class RunSpec(Settings):
@@ -439,11 +587,15 @@ class RunSpec(Settings):
     evaluation: EvaluationSpec = EvaluationSpec()
     convergence: ConvergenceSpec | None = None
     privacy: PrivacySpec = PrivacySpec()
+    compression: CompressionSpec = CompressionSpec()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.privacy.secure_aggregation:
             self._check_secure()
+        if self.privacy.dp is not None:
+            self._check_private(self.privacy.dp)
+        self._check_compressed()
         if self.convergence is not None and self.evaluation.every == 0:
             raise ValueError("convergence needs evaluations; set evaluation.every to 1 or more")
         self._check_task()
@@ -488,6 +640,114 @@ class RunSpec(Settings):
             raise ValueError(
                 f"privacy.min_survivors ({self.privacy.min_survivors}) is more than a round may have "
                 f"({self.smallest_sum}); raise cohort.min_clients and quorum, or lower it"
+            )
+
+    def _check_compressed(self) -> None:
+        """Raise ValueError for a compression that does not go with what keeps updates private."""
+        upload, dp = self.compression.upload, self.privacy.dp
+        if not self.privacy.secure_aggregation:
+            if upload == "rotsub":
+                raise ValueError(
+                    "compression.upload = 'rotsub' sends the same part of all updates, for masked sums; without "
+                    "privacy.secure_aggregation use 'eden1'"
+                )
+        elif upload in {"rotq8", "rotq4"}:
+            raise ValueError(
+                f"compression.upload = '{upload}': a masked sum's numbers are rotated and rounded already, to privacy.b bits; "
+                "use upload = 'none' with privacy.b = 8, or 'rotsub'"
+            )
+        elif upload == "eden1":
+            raise ValueError(
+                "compression.upload = 'eden1': each client sends another part of its update, which no masked sum can be of; use "
+                "'rotsub'"
+            )
+        elif upload in {"topk", "powersgd"}:
+            needs = "the server to see which numbers are sent" if upload == "topk" else "two masked sums a round"
+            raise ValueError(f"compression.upload = '{upload}' needs {needs}, which there is not; use 'rotsub'")
+        if dp is None:
+            return
+        if self.compression.feeds_back:
+            raise ValueError(
+                f"compression.upload = '{upload}' sends what it left out of earlier updates, and privacy.dp counts on each "
+                "client's clipped update of this round alone; use 'eden1' or 'rotq4'"
+            )
+        if upload == "rotsub" and dp.mode in {"central", "distributed"}:
+            raise ValueError(
+                f"compression.upload = 'rotsub': the noise of privacy.dp.mode = '{dp.mode}' is for all numbers of a masked sum; "
+                "use 'none'"
+            )
+
+    def _check_private(self, dp: DPSpec) -> None:
+        """Raise ValueError where a setting breaks what the accounting of differential privacy assumes."""
+        if self.aggregation.weighting != "uniform":
+            raise ValueError(
+                "privacy.dp needs aggregation.weighting = 'uniform': with clients' own weights no clip bounds what one of them "
+                "does to the mean"
+            )
+        if self.asynchronous is not None or self.cohort.late == "fold":
+            what = "[asynchronous]" if self.asynchronous is not None else "cohort.late = 'fold'"
+            raise ValueError(
+                f"{what}: privacy.dp counts each update in the round of its cohort, and a late one has none; drop one of the two"
+            )
+        if self.aggregation.max_norm is not None:
+            raise ValueError(
+                "aggregation.max_norm: privacy.dp.clip is the one bound of an update's norm; drop max_norm"
+            )
+        if not dp.is_public:
+            self._check_silent()
+        if dp.mode == "example":
+            self._check_example()
+        if dp.mode == "distributed" and self.cohort.count is None:
+            raise ValueError(
+                "privacy.dp.mode = 'distributed' fixes the noise's scale for a number of clients beforehand; set cohort.count"
+            )
+        if dp.participations is not None and dp.participations > self.rounds:
+            raise ValueError(
+                f"privacy.dp.participations ({dp.participations}) is more than rounds ({self.rounds}); drop it"
+            )
+        if dp.population is not None:
+            self._check_population(dp.population)
+
+    def _check_silent(self) -> None:
+        """Raise ValueError if numbers of clients' data would be told without noise."""
+        if self.evaluation.every:
+            raise ValueError(
+                f"evaluation.every = {self.evaluation.every}: metrics of clients' data are told without noise, which privacy.dp "
+                "does not count; set evaluation.every = 0, or privacy.dp.evaluation = 'public' to tell them as not private"
+            )
+        if self.data.normalise == "federated":
+            raise ValueError(
+                "data.normalise = 'federated': mean and scale of clients' data are told without noise, which privacy.dp does "
+                "not count; write them into [data], or set privacy.dp.evaluation = 'public' to tell them as not private"
+            )
+
+    def _check_example(self) -> None:
+        """Raise ValueError if a training would use one example otherwise than DP-SGD does."""
+        if self.training.truncate is not None:
+            raise ValueError(
+                "training.truncate: privacy.dp.mode = 'example' clips one gradient a sequence, not one a piece; drop truncate"
+            )
+        if self.model.custom is not None:
+            raise ValueError(
+                "model.custom: privacy.dp.mode = 'example' needs single examples' gradients, which it has of the built-in models"
+            )
+
+    def _check_population(self, population: int) -> None:
+        """Raise ValueError unless cohorts can be drawn as the amplification by sampling assumes."""
+        cohort = self.cohort
+        if cohort.count is None or cohort.quorum is None:
+            raise ValueError(
+                "privacy.dp.population draws each client with probability cohort.count / population, so a cohort's size varies; "
+                "set cohort.count, its mean, and a cohort.quorum well below"
+            )
+        if cohort.over_select != 1.0:
+            raise ValueError(
+                "cohort.over_select: privacy.dp.population counts everybody who is drawn, and takes all answers; drop one"
+            )
+        if not cohort.count <= population <= cohort.min_clients:
+            raise ValueError(
+                f"privacy.dp.population ({population:,}) must be from cohort.count ({cohort.count:,}) to cohort.min_clients "
+                f"({cohort.min_clients:,}), the clients that are there before a round begins; raise min_clients"
             )
 
     @property

@@ -6,6 +6,7 @@ and checked by their BLAKE3 digest: as strong as SHA-256, and at 3 GB/s on one c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -40,6 +41,7 @@ class Pace:
 
     def __init__(self) -> None:
         self.size = CHUNK_BYTES
+        self.bytes_per_s = math.inf  # that the link has carried; infinity before that is known
 
     def broken(self) -> None:
         self.size = max(self.size // 2, min(SMALLEST_CHUNK, CHUNK_BYTES))
@@ -49,8 +51,14 @@ class Pace:
 
     def timed(self, nbytes: int, seconds: float) -> None:
         """So many bytes took so long, and waited for nothing but the link."""
+        self.carried(nbytes, seconds)
         while self.size > SMALLEST_CHUNK and self.size * seconds > nbytes:
             self.size //= 2
+
+    def carried(self, nbytes: int, seconds: float) -> None:
+        """So many bytes took so long, with whatever they waited for."""
+        if nbytes >= SMALLEST_CHUNK and seconds > 0:  # less says more of the way's length than of its width
+            self.bytes_per_s = nbytes / seconds
 
 
 class Reassembly:

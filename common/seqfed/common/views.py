@@ -32,14 +32,29 @@ class TaskKey:
 
 
 @dataclass(frozen=True)
+class ModelStep:
+    """A payload that makes the model of `version` of the one with digest `base`. `data`: itself, if it comes with the task."""
+
+    version: int
+    base: bytes
+    nbytes: int
+    digest: bytes
+    data: bytes = b""
+
+
+@dataclass(frozen=True)
 class ModelVersion:
-    """One committed global model: `version` rounds are folded into it. `data`: the vector, if it comes with the task."""
+    """One committed global model: `version` rounds are folded into it. `data`: the vector, if it comes with the task.
+
+    steps: the last ones that lead to it, in order, where downloads are compressed.
+    """
 
     version: int
     nbytes: int
     digest: bytes
     layout_digest: bytes
     data: bytes = b""
+    steps: tuple[ModelStep, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,8 @@ class Progress:
 class UpdateHeader:
     """What a client says of its update before it sends the bytes; units as in federation.proto.
 
-    masked_number: of the masked sum that the bytes are for; 0: they are a delta.
+    masked_number: of the masked sum that the bytes are for; 0: they are a delta. codec: what the bytes are a payload of; empty:
+    they are the delta itself.
     """
 
     key: TaskKey
@@ -105,11 +121,13 @@ class UpdateHeader:
     tally: Mapping[str, int]
     training_seconds: float
     masked_number: int = 0
+    codec: str = ""
 
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One finished round. Seconds are wall time, bytes are payload messages.
+    """One finished round. Seconds are wall time. Bytes are those of all messages about the run, each with gRPC's prefix of
+    5 bytes; what HTTP/2 and TLS add is not counted, nor what errors say. traffic: the same by client, up and down.
 
     training: the summed tally of the local trainings, as in `seqfed.common.metrics`. evaluation: the new model's metrics over
     all `evaluated_examples`; not their sums, which with histograms are a hundred times the size and of no further use: no
@@ -130,6 +148,7 @@ class RoundRecord:
     evaluated_examples: int = 0
     evaluated_clients: int = 0
     stale: Mapping[str, int] = field(default_factory=dict)  # of `folded`: trained on a model so many rounds older
+    traffic: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -192,3 +211,68 @@ class AuditEntry:
     kind: str
     body: str  # JSON
     digest: bytes
+
+
+FEDERATION = "*"  # in a ledger: every data holder, the one of whom most was spent among them; no client is called so
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """What a run has spent of one data holder's privacy, up to a round.
+
+    holder: a client's name, or FEDERATION. releases: sums and updates with its data that noise has made fit to be seen.
+    epsilon, noise_multiplier: None where only the client itself can tell.
+    """
+
+    run: str
+    holder: str
+    round: int
+    releases: int
+    unit: str
+    epsilon: float | None
+    delta: float
+    noise_multiplier: float | None
+    sampling: str
+    accountant: str
+
+
+@dataclass(frozen=True)
+class PrivacyView:
+    """A run's account: `entry` is that of all data holders. goal: the most it may spend. planned: after all its rounds.
+
+    holders: each one's releases and epsilon, where the account of one run is asked for.
+    """
+
+    name: str
+    entry: LedgerEntry
+    mode: str
+    mechanism: str
+    neighbours: str
+    goal: float | None
+    planned: float | None
+    rounds: int
+    clip: str
+    population: int | None
+    cohort: int
+    caveats: tuple[str, ...]
+    holders: tuple[tuple[str, int, float | None], ...] = ()
+
+
+@dataclass(frozen=True)
+class SpentView:
+    """What all runs together have spent of the data holder of whom they have spent most; holder: its name, or FEDERATION."""
+
+    unit: str
+    holder: str
+    runs: int
+    epsilon: float | None
+    delta: float
+    accountant: str
+
+
+@dataclass(frozen=True)
+class PrivacyReport:
+    """The ledger as an operator sees it: the runs with differential privacy, oldest first, and one total a unit."""
+
+    runs: tuple[PrivacyView, ...]
+    totals: tuple[SpentView, ...]

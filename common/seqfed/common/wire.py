@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import re
-from typing import Final
+from typing import Any, Final
+
+from google.protobuf.message import Message
 
 from seqfed.common import views
 from seqfed.common.config import validate_json
@@ -19,6 +21,7 @@ PROTOCOL: Final = 1  # version of the contract in protos/; raised when an old pe
 SESSION_METADATA: Final = "seqfed-session"
 ERROR_DOMAIN: Final = "seqfed"  # of google.rpc.ErrorInfo
 CLIENT_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+PREFIX_BYTES: Final = 5  # of gRPC, before each message
 HEX: Final = re.compile(r"[0-9a-f]{32}")
 
 _KINDS: Final = {
@@ -64,6 +67,25 @@ def require_clean(value: object, what: str) -> None:
             require_clean(one, what)
 
 
+def framed(message: Message) -> int:
+    """Bytes of a message on the wire, but for what HTTP/2 and TLS add."""
+    return message.ByteSize() + PREFIX_BYTES
+
+
+def chunk_bytes(offset: int, size: int) -> int:
+    """Of a Chunk, reckoned: protobuf would write the message to tell its size."""
+    return (1 + _varint(offset) if offset else 0) + (1 + _varint(size) + size if size else 0)
+
+
+def part_bytes(size: int) -> int:
+    """Of a message of so many bytes, as the one field of another, on the wire."""
+    return 1 + _varint(size) + size + PREFIX_BYTES
+
+
+def _varint(number: int) -> int:
+    return max(1, -(-number.bit_length() // 7))
+
+
 def key_to_wire(key: views.TaskKey) -> federation_pb2.TaskKey:
     return federation_pb2.TaskKey(run=key.run, round=key.round, attempt=key.attempt)
 
@@ -83,6 +105,12 @@ def task_to_wire(task: views.Task, known: RunSpec | None = None) -> federation_p
         digest=task.model.digest,
         layout_digest=task.model.layout_digest,
         data=task.model.data,
+        steps=[
+            federation_pb2.ModelStep(
+                version=one.version, base=one.base, bytes=one.nbytes, digest=one.digest, data=one.data
+            )
+            for one in task.model.steps
+        ],
     )
     spec = b"" if task.spec is known else task.spec.canonical
     masking = None
@@ -123,7 +151,14 @@ def task_from_wire(message: federation_pb2.Task, known: RunSpec | None = None) -
         _KINDS_BACK[message.kind],
         key_from_wire(message.key),
         known if known is not None and not message.spec else _spec(message.spec),
-        views.ModelVersion(model.version, model.bytes, model.digest, model.layout_digest, model.data),
+        views.ModelVersion(
+            model.version,
+            model.bytes,
+            model.digest,
+            model.layout_digest,
+            model.data,
+            tuple(views.ModelStep(one.version, one.base, one.bytes, one.digest, one.data) for one in model.steps),
+        ),
         message.signature,
         message.certificate,
         masking,
@@ -183,6 +218,7 @@ def header_to_wire(header: views.UpdateHeader) -> federation_pb2.UpdateHeader:
         tally=header.tally,
         training_seconds=header.training_seconds,
         masked_number=header.masked_number,
+        codec=header.codec,
     )
 
 
@@ -197,6 +233,7 @@ def header_from_wire(message: federation_pb2.UpdateHeader) -> views.UpdateHeader
         tally=dict(message.tally),
         training_seconds=message.training_seconds,
         masked_number=message.masked_number,
+        codec=message.codec,
     )
 
 
@@ -219,6 +256,7 @@ def record_to_wire(record: views.RoundRecord) -> admin_pb2.RoundRecord:
         evaluated_examples=record.evaluated_examples,
         evaluated_clients=record.evaluated_clients,
         stale=record.stale,
+        traffic={client: admin_pb2.Traffic(up=up, down=down) for client, (up, down) in record.traffic.items()},
     )
 
 
@@ -238,6 +276,7 @@ def record_from_wire(message: admin_pb2.RoundRecord) -> views.RoundRecord:
         evaluated_examples=message.evaluated_examples,
         evaluated_clients=message.evaluated_clients,
         stale=dict(message.stale),
+        traffic={client: (both.up, both.down) for client, both in message.traffic.items()},
     )
 
 
@@ -318,3 +357,63 @@ def entry_from_wire(message: admin_pb2.AuditEntry) -> views.AuditEntry:
     """The entry; what is no UTF-8 in it is replaced, and the chain then does not hold."""
     body = message.body.decode("utf-8", "replace")
     return views.AuditEntry(message.number, message.at, message.kind, body, message.digest)
+
+
+def privacy_to_wire(report: views.PrivacyReport) -> admin_pb2.PrivacyReport:
+    return admin_pb2.PrivacyReport(
+        runs=[
+            admin_pb2.RunPrivacy(
+                **{name: value for name, value in vars(one).items() if name not in {"entry", "holders"}},
+                entry=admin_pb2.LedgerEntry(**vars(one.entry)),
+                holders=[
+                    admin_pb2.HolderPrivacy(holder=holder, releases=releases, epsilon=epsilon)
+                    for holder, releases, epsilon in one.holders
+                ],
+            )
+            for one in report.runs
+        ],
+        totals=[admin_pb2.SpentPrivacy(**vars(one)) for one in report.totals],
+    )
+
+
+def privacy_from_wire(message: admin_pb2.PrivacyReport) -> views.PrivacyReport:
+    return views.PrivacyReport(
+        tuple(
+            views.PrivacyView(
+                name=one.name,
+                entry=views.LedgerEntry(
+                    run=one.entry.run,
+                    holder=one.entry.holder,
+                    round=one.entry.round,
+                    releases=one.entry.releases,
+                    unit=one.entry.unit,
+                    epsilon=_given(one.entry, "epsilon"),
+                    delta=one.entry.delta,
+                    noise_multiplier=_given(one.entry, "noise_multiplier"),
+                    sampling=one.entry.sampling,
+                    accountant=one.entry.accountant,
+                ),
+                mode=one.mode,
+                mechanism=one.mechanism,
+                neighbours=one.neighbours,
+                goal=_given(one, "goal"),
+                planned=_given(one, "planned"),
+                rounds=one.rounds,
+                clip=one.clip,
+                population=one.population if one.HasField("population") else None,
+                cohort=one.cohort,
+                caveats=tuple(one.caveats),
+                holders=tuple((each.holder, each.releases, _given(each, "epsilon")) for each in one.holders),
+            )
+            for one in message.runs
+        ),
+        tuple(
+            views.SpentView(one.unit, one.holder, one.runs, _given(one, "epsilon"), one.delta, one.accountant)
+            for one in message.totals
+        ),
+    )
+
+
+def _given(message: Any, name: str) -> float | None:
+    """An optional number of a message."""
+    return float(getattr(message, name)) if message.HasField(name) else None

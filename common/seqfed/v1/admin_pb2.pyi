@@ -210,6 +210,27 @@ class RoundRecord(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class TrafficEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___Traffic: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___Traffic | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROUND_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     COHORT_FIELD_NUMBER: _builtins.int
@@ -224,10 +245,11 @@ class RoundRecord(_message.Message):
     EVALUATED_EXAMPLES_FIELD_NUMBER: _builtins.int
     EVALUATED_CLIENTS_FIELD_NUMBER: _builtins.int
     STALE_FIELD_NUMBER: _builtins.int
+    TRAFFIC_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     attempt: _builtins.int
     bytes_up: _builtins.int
-    """clients to server, payload messages, this round"""
+    """clients to server, this round: all messages about the run, each with gRPC's 5 bytes"""
     bytes_down: _builtins.int
     seconds: _builtins.float
     """wall time since the round before was closed (the run began), evaluation included"""
@@ -262,6 +284,10 @@ class RoundRecord(_message.Message):
     def stale(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """those of `folded` whose update was of an earlier round, and how many rounds earlier"""
 
+    @_builtins.property
+    def traffic(self) -> _containers.MessageMap[_builtins.str, Global___Traffic]:
+        """by client"""
+
     def __init__(
         self,
         *,
@@ -279,14 +305,39 @@ class RoundRecord(_message.Message):
         evaluated_examples: _builtins.int = ...,
         evaluated_clients: _builtins.int = ...,
         stale: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        traffic: _abc.Mapping[_builtins.str, Global___Traffic] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "cohort", b"cohort", "evaluated_clients", b"evaluated_clients", "evaluated_examples", b"evaluated_examples", "evaluation", b"evaluation", "folded", b"folded", "round", b"round", "seconds", b"seconds", "slowest_training_seconds", b"slowest_training_seconds", "spread", b"spread", "stale", b"stale", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "cohort", b"cohort", "evaluated_clients", b"evaluated_clients", "evaluated_examples", b"evaluated_examples", "evaluation", b"evaluation", "folded", b"folded", "round", b"round", "seconds", b"seconds", "slowest_training_seconds", b"slowest_training_seconds", "spread", b"spread", "stale", b"stale", "traffic", b"traffic", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoundRecord: _TypeAlias = RoundRecord  # noqa: Y015
+
+@_typing.final
+class Traffic(_message.Message):
+    """Bytes of a client's messages, from it and to it, as in RoundRecord."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UP_FIELD_NUMBER: _builtins.int
+    DOWN_FIELD_NUMBER: _builtins.int
+    up: _builtins.int
+    down: _builtins.int
+    def __init__(
+        self,
+        *,
+        up: _builtins.int = ...,
+        down: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["down", b"down", "up", b"up"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Traffic: _TypeAlias = Traffic  # noqa: Y015
 
 @_typing.final
 class TaskStatus(_message.Message):
@@ -697,3 +748,257 @@ class ExportModelRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExportModelRequest: _TypeAlias = ExportModelRequest  # noqa: Y015
+
+@_typing.final
+class ReportPrivacyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """id, a unique beginning of it, or the name of one run only; empty: all runs"""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportPrivacyRequest: _TypeAlias = ReportPrivacyRequest  # noqa: Y015
+
+@_typing.final
+class LedgerEntry(_message.Message):
+    """What a run has spent of one data holder's privacy, up to a round."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    RELEASES_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    EPSILON_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    ACCOUNTANT_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    holder: _builtins.str
+    """a client's name; *: all of them"""
+    round: _builtins.int
+    releases: _builtins.int
+    """sums and updates with its data that noise has made fit to be seen"""
+    unit: _builtins.str
+    """client | example"""
+    epsilon: _builtins.float
+    """left out where only the client itself can tell"""
+    delta: _builtins.float
+    noise_multiplier: _builtins.float
+    """likewise"""
+    sampling: _builtins.str
+    """what is assumed of how clients come into a sum, in words"""
+    accountant: _builtins.str
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        holder: _builtins.str = ...,
+        round: _builtins.int = ...,
+        releases: _builtins.int = ...,
+        unit: _builtins.str = ...,
+        epsilon: _builtins.float | None = ...,
+        delta: _builtins.float = ...,
+        noise_multiplier: _builtins.float | None = ...,
+        sampling: _builtins.str = ...,
+        accountant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "_noise_multiplier", b"_noise_multiplier", "epsilon", b"epsilon", "noise_multiplier", b"noise_multiplier"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "_noise_multiplier", b"_noise_multiplier", "accountant", b"accountant", "delta", b"delta", "epsilon", b"epsilon", "holder", b"holder", "noise_multiplier", b"noise_multiplier", "releases", b"releases", "round", b"round", "run", b"run", "sampling", b"sampling", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
+    _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
+    _WhichOneofReturnType__noise_multiplier: _TypeAlias = _typing.Literal["noise_multiplier"]  # noqa: Y015
+    _WhichOneofArgType__noise_multiplier: _TypeAlias = _typing.Literal["_noise_multiplier", b"_noise_multiplier"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_multiplier) -> _WhichOneofReturnType__noise_multiplier | None: ...
+
+Global___LedgerEntry: _TypeAlias = LedgerEntry  # noqa: Y015
+
+@_typing.final
+class HolderPrivacy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDER_FIELD_NUMBER: _builtins.int
+    RELEASES_FIELD_NUMBER: _builtins.int
+    EPSILON_FIELD_NUMBER: _builtins.int
+    holder: _builtins.str
+    releases: _builtins.int
+    epsilon: _builtins.float
+    def __init__(
+        self,
+        *,
+        holder: _builtins.str = ...,
+        releases: _builtins.int = ...,
+        epsilon: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "epsilon", b"epsilon"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "epsilon", b"epsilon", "holder", b"holder", "releases", b"releases"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
+    _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
+
+Global___HolderPrivacy: _TypeAlias = HolderPrivacy  # noqa: Y015
+
+@_typing.final
+class RunPrivacy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ENTRY_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    MECHANISM_FIELD_NUMBER: _builtins.int
+    NEIGHBOURS_FIELD_NUMBER: _builtins.int
+    GOAL_FIELD_NUMBER: _builtins.int
+    PLANNED_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
+    CLIP_FIELD_NUMBER: _builtins.int
+    POPULATION_FIELD_NUMBER: _builtins.int
+    COHORT_FIELD_NUMBER: _builtins.int
+    CAVEATS_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    mode: _builtins.str
+    """central | distributed | local | example"""
+    mechanism: _builtins.str
+    """gaussian | ftrl"""
+    neighbours: _builtins.str
+    """what the guarantee makes alike, in words"""
+    goal: _builtins.float
+    """the most that the run may spend"""
+    planned: _builtins.float
+    """epsilon after all its rounds"""
+    rounds: _builtins.int
+    clip: _builtins.str
+    """a number, or adaptive"""
+    population: _builtins.int
+    cohort: _builtins.int
+    """clients that a sum is divided by"""
+    @_builtins.property
+    def entry(self) -> Global___LedgerEntry:
+        """of all data holders"""
+
+    @_builtins.property
+    def caveats(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedCompositeFieldContainer[Global___HolderPrivacy]:
+        """where one run was asked for"""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        entry: Global___LedgerEntry | None = ...,
+        mode: _builtins.str = ...,
+        mechanism: _builtins.str = ...,
+        neighbours: _builtins.str = ...,
+        goal: _builtins.float | None = ...,
+        planned: _builtins.float | None = ...,
+        rounds: _builtins.int = ...,
+        clip: _builtins.str = ...,
+        population: _builtins.int | None = ...,
+        cohort: _builtins.int = ...,
+        caveats: _abc.Iterable[_builtins.str] | None = ...,
+        holders: _abc.Iterable[Global___HolderPrivacy] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_goal", b"_goal", "_planned", b"_planned", "_population", b"_population", "entry", b"entry", "goal", b"goal", "planned", b"planned", "population", b"population"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_goal", b"_goal", "_planned", b"_planned", "_population", b"_population", "caveats", b"caveats", "clip", b"clip", "cohort", b"cohort", "entry", b"entry", "goal", b"goal", "holders", b"holders", "mechanism", b"mechanism", "mode", b"mode", "name", b"name", "neighbours", b"neighbours", "planned", b"planned", "population", b"population", "rounds", b"rounds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__goal: _TypeAlias = _typing.Literal["goal"]  # noqa: Y015
+    _WhichOneofArgType__goal: _TypeAlias = _typing.Literal["_goal", b"_goal"]  # noqa: Y015
+    _WhichOneofReturnType__planned: _TypeAlias = _typing.Literal["planned"]  # noqa: Y015
+    _WhichOneofArgType__planned: _TypeAlias = _typing.Literal["_planned", b"_planned"]  # noqa: Y015
+    _WhichOneofReturnType__population: _TypeAlias = _typing.Literal["population"]  # noqa: Y015
+    _WhichOneofArgType__population: _TypeAlias = _typing.Literal["_population", b"_population"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__goal) -> _WhichOneofReturnType__goal | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__planned) -> _WhichOneofReturnType__planned | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__population) -> _WhichOneofReturnType__population | None: ...
+
+Global___RunPrivacy: _TypeAlias = RunPrivacy  # noqa: Y015
+
+@_typing.final
+class SpentPrivacy(_message.Message):
+    """Of the data holder of whom all runs together have spent most."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNIT_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    EPSILON_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    ACCOUNTANT_FIELD_NUMBER: _builtins.int
+    unit: _builtins.str
+    holder: _builtins.str
+    runs: _builtins.int
+    epsilon: _builtins.float
+    delta: _builtins.float
+    accountant: _builtins.str
+    def __init__(
+        self,
+        *,
+        unit: _builtins.str = ...,
+        holder: _builtins.str = ...,
+        runs: _builtins.int = ...,
+        epsilon: _builtins.float | None = ...,
+        delta: _builtins.float = ...,
+        accountant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "epsilon", b"epsilon"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon", "accountant", b"accountant", "delta", b"delta", "epsilon", b"epsilon", "holder", b"holder", "runs", b"runs", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
+    _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
+
+Global___SpentPrivacy: _TypeAlias = SpentPrivacy  # noqa: Y015
+
+@_typing.final
+class PrivacyReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: _builtins.int
+    TOTALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunPrivacy]:
+        """those with differential privacy, oldest first"""
+
+    @_builtins.property
+    def totals(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpentPrivacy]:
+        """one a unit"""
+
+    def __init__(
+        self,
+        *,
+        runs: _abc.Iterable[Global___RunPrivacy] | None = ...,
+        totals: _abc.Iterable[Global___SpentPrivacy] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["runs", b"runs", "totals", b"totals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrivacyReport: _TypeAlias = PrivacyReport  # noqa: Y015

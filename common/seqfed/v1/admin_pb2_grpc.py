@@ -80,6 +80,11 @@ class AdminStub:
                 request_serializer=seqfed_dot_v1_dot_admin__pb2.ListAuditRequest.SerializeToString,
                 response_deserializer=seqfed_dot_v1_dot_admin__pb2.AuditEntry.FromString,
                 _registered_method=True)
+        self.ReportPrivacy = channel.unary_unary(
+                '/seqfed.v1.Admin/ReportPrivacy',
+                request_serializer=seqfed_dot_v1_dot_admin__pb2.ReportPrivacyRequest.SerializeToString,
+                response_deserializer=seqfed_dot_v1_dot_admin__pb2.PrivacyReport.FromString,
+                _registered_method=True)
         self.ExportModel = channel.unary_stream(
                 '/seqfed.v1.Admin/ExportModel',
                 request_serializer=seqfed_dot_v1_dot_admin__pb2.ExportModelRequest.SerializeToString,
@@ -152,6 +157,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportPrivacy(self, request, context):
+        """The account of differential privacy, of one run or of all.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportModel(self, request, context):
         """The bytes of the newest model's safetensors file from `offset` on.
         """
@@ -206,6 +218,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ListAudit,
                     request_deserializer=seqfed_dot_v1_dot_admin__pb2.ListAuditRequest.FromString,
                     response_serializer=seqfed_dot_v1_dot_admin__pb2.AuditEntry.SerializeToString,
+            ),
+            'ReportPrivacy': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportPrivacy,
+                    request_deserializer=seqfed_dot_v1_dot_admin__pb2.ReportPrivacyRequest.FromString,
+                    response_serializer=seqfed_dot_v1_dot_admin__pb2.PrivacyReport.SerializeToString,
             ),
             'ExportModel': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportModel,
@@ -456,6 +473,33 @@ class Admin:
             '/seqfed.v1.Admin/ListAudit',
             seqfed_dot_v1_dot_admin__pb2.ListAuditRequest.SerializeToString,
             seqfed_dot_v1_dot_admin__pb2.AuditEntry.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportPrivacy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/seqfed.v1.Admin/ReportPrivacy',
+            seqfed_dot_v1_dot_admin__pb2.ReportPrivacyRequest.SerializeToString,
+            seqfed_dot_v1_dot_admin__pb2.PrivacyReport.FromString,
             options,
             channel_credentials,
             insecure,

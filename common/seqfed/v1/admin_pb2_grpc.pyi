@@ -49,6 +49,8 @@ class AdminStub:
     """Ends everything that this client's certificates open, at once; it must enrol again."""
     ListAudit: _grpc.UnaryStreamMultiCallable[_admin_pb2.ListAuditRequest, _admin_pb2.AuditEntry]
     """The audit log, oldest first."""
+    ReportPrivacy: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ReportPrivacyRequest, _admin_pb2.PrivacyReport]
+    """The account of differential privacy, of one run or of all."""
     ExportModel: _grpc.UnaryStreamMultiCallable[_admin_pb2.ExportModelRequest, _federation_pb2.Chunk]
     """The bytes of the newest model's safetensors file from `offset` on."""
 
@@ -72,6 +74,8 @@ class AdminAsyncStub(AdminStub):
     """Ends everything that this client's certificates open, at once; it must enrol again."""
     ListAudit: _aio.UnaryStreamMultiCallable[_admin_pb2.ListAuditRequest, _admin_pb2.AuditEntry]  # type: ignore[assignment]
     """The audit log, oldest first."""
+    ReportPrivacy: _aio.UnaryUnaryMultiCallable[_admin_pb2.ReportPrivacyRequest, _admin_pb2.PrivacyReport]  # type: ignore[assignment]
+    """The account of differential privacy, of one run or of all."""
     ExportModel: _aio.UnaryStreamMultiCallable[_admin_pb2.ExportModelRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
     """The bytes of the newest model's safetensors file from `offset` on."""
 
@@ -146,6 +150,14 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_pb2.AuditEntry], _abc.AsyncIterator[_admin_pb2.AuditEntry]]:
         """The audit log, oldest first."""
+
+    @_abc_1.abstractmethod
+    def ReportPrivacy(
+        self,
+        request: _admin_pb2.ReportPrivacyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PrivacyReport, _abc.Awaitable[_admin_pb2.PrivacyReport]]:
+        """The account of differential privacy, of one run or of all."""
 
     @_abc_1.abstractmethod
     def ExportModel(

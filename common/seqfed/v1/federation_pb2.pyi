@@ -164,6 +164,7 @@ class JoinRequest(_message.Message):
     SOFTWARE_FIELD_NUMBER: _builtins.int
     DATA_SCHEMA_FIELD_NUMBER: _builtins.int
     WORKING_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     """version of this contract; both sides must have the same"""
     client: _builtins.str
@@ -174,6 +175,8 @@ class JoinRequest(_message.Message):
     """version of the package, for the operator's eyes"""
     data_schema: _builtins.bytes
     """JSON of seqfed.common.schema.DataSchema"""
+    holds: _builtins.bytes
+    """BLAKE3 of the newest model that the client has, 32 bytes; empty: none, or it does not say"""
     @_builtins.property
     def working(self) -> Global___TaskKey:
         """the task in hand, which a loss of connection does not stop; absent: none, so it can be asked"""
@@ -187,10 +190,11 @@ class JoinRequest(_message.Message):
         software: _builtins.str = ...,
         data_schema: _builtins.bytes = ...,
         working: Global___TaskKey | None = ...,
+        holds: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["working", b"working"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "data_schema", b"data_schema", "instance", b"instance", "protocol", b"protocol", "software", b"software", "working", b"working"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "data_schema", b"data_schema", "holds", b"holds", "instance", b"instance", "protocol", b"protocol", "software", b"software", "working", b"working"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -349,6 +353,7 @@ class ModelVersion(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     LAYOUT_DIGEST_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """rounds folded into it; 0 is the initial model"""
     bytes: _builtins.int
@@ -359,6 +364,10 @@ class ModelVersion(_message.Message):
     """SHA-256 of the layout's canonical JSON"""
     data: _builtins.bytes
     """the vector itself if it fits one chunk and was not pushed to this session before; else fetch it"""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStep]:
+        """where the RunSpec compresses downloads: the last ones up to this version, in order"""
+
     def __init__(
         self,
         *,
@@ -367,14 +376,53 @@ class ModelVersion(_message.Message):
         digest: _builtins.bytes = ...,
         layout_digest: _builtins.bytes = ...,
         data: _builtins.bytes = ...,
+        steps: _abc.Iterable[Global___ModelStep] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "data", b"data", "digest", b"digest", "layout_digest", b"layout_digest", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "data", b"data", "digest", b"digest", "layout_digest", b"layout_digest", "steps", b"steps", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelVersion: _TypeAlias = ModelVersion  # noqa: Y015
+
+@_typing.final
+class ModelStep(_message.Message):
+    """A model is the one before plus what a payload says (seqfed.common.compression)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """that it leads to"""
+    base: _builtins.bytes
+    """digest of the model that it starts from"""
+    bytes: _builtins.int
+    """of the payload"""
+    digest: _builtins.bytes
+    """BLAKE3 of the payload"""
+    data: _builtins.bytes
+    """the payload, if the client is known to hold what it needs and all is one chunk; else fetch it"""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        base: _builtins.bytes = ...,
+        bytes: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "bytes", b"bytes", "data", b"data", "digest", b"digest", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelStep: _TypeAlias = ModelStep  # noqa: Y015
 
 @_typing.final
 class FetchModelRequest(_message.Message):
@@ -384,12 +432,15 @@ class FetchModelRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     version: _builtins.int
     offset: _builtins.int
     """bytes already held; a multiple of 4"""
     chunk_bytes: _builtins.int
     """size of the chunks wanted, 4 KiB to 512 KiB, a multiple of 4; 0: 512 KiB. What breaks is sent again"""
+    step: _builtins.bool
+    """not the version but the payload that leads to it, of the task's ModelStep"""
     def __init__(
         self,
         *,
@@ -397,10 +448,11 @@ class FetchModelRequest(_message.Message):
         version: _builtins.int = ...,
         offset: _builtins.int = ...,
         chunk_bytes: _builtins.int = ...,
+        step: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "offset", b"offset", "run", b"run", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "offset", b"offset", "run", b"run", "step", b"step", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -463,6 +515,7 @@ class UpdateHeader(_message.Message):
     TALLY_FIELD_NUMBER: _builtins.int
     TRAINING_SECONDS_FIELD_NUMBER: _builtins.int
     MASKED_NUMBER_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
     weight: _builtins.int
     """training examples behind the update, 1 to 2^40"""
     layout_digest: _builtins.bytes
@@ -476,6 +529,10 @@ class UpdateHeader(_message.Message):
     """wall time of the local training loop alone"""
     masked_number: _builtins.int
     """a masked vector, of this number, instead of a delta: `bytes` of packed integers; weight and"""
+    codec: _builtins.str
+    """tally are then empty, since they go through the masked scalars
+    where the RunSpec's compression has a codec for uploads: the one of this payload, among those it
+    """
     @_builtins.property
     def key(self) -> Global___TaskKey: ...
     @_builtins.property
@@ -494,10 +551,11 @@ class UpdateHeader(_message.Message):
         tally: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         training_seconds: _builtins.float = ...,
         masked_number: _builtins.int = ...,
+        codec: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "digest", b"digest", "key", b"key", "layout_digest", b"layout_digest", "masked_number", b"masked_number", "offset", b"offset", "tally", b"tally", "training_seconds", b"training_seconds", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "codec", b"codec", "digest", b"digest", "key", b"key", "layout_digest", b"layout_digest", "masked_number", b"masked_number", "offset", b"offset", "tally", b"tally", "training_seconds", b"training_seconds", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -535,7 +593,7 @@ class UploadStatusReply(_message.Message):
     COMPLETE_FIELD_NUMBER: _builtins.int
     received_bytes: _builtins.int
     complete: _builtins.bool
-    """already counted in this round"""
+    """already counted; of a round that is over, only with a codec that feeds back"""
     def __init__(
         self,
         *,

@@ -52,6 +52,7 @@ ALLOWED: Final[Mapping[str, frozenset[Role]]] = MappingProxyType(
         "/seqfed.v1.Admin/ListClients": LOOKERS,
         "/seqfed.v1.Admin/RevokeClient": OPERATORS,
         "/seqfed.v1.Admin/ListAudit": LOOKERS,
+        "/seqfed.v1.Admin/ReportPrivacy": LOOKERS,
         "/seqfed.v1.Admin/ExportModel": OPERATORS,
         "/grpc.health.v1.Health/Check": MEMBERS,
         "/grpc.health.v1.Health/List": MEMBERS,

@@ -91,7 +91,12 @@ def page(database: Database, after: int, limit: int = PAGE) -> list[AuditEntry]:
     query = sa.select(AUDIT).where(AUDIT.c.number > after).order_by(AUDIT.c.number).limit(limit)
     with database.reading() as connection:
         rows = connection.execute(query).all()
-    return [AuditEntry(row.number, row.at, row.kind, row.body, bytes(row.digest)) for row in rows]
+    return [AuditEntry(row.number, row.at, row.kind, _text(row.body), bytes(row.digest)) for row in rows]
+
+
+def _text(body: str | bytes) -> str:
+    """The body; bytes, which only somebody else can have put there, as a text that no digest fits."""
+    return body if isinstance(body, str) else bytes(body).decode("utf-8", "backslashreplace") + "\0"
 
 
 def head(database: Database) -> tuple[int, bytes]:

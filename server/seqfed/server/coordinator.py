@@ -10,14 +10,13 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-
-import numpy as np
 
 from seqfed.common import checkpoint, identity, logs, signing, statistics, views
-from seqfed.common.checkpoint import PIECE_BYTES, ModelFile
+from seqfed.common.checkpoint import ModelFile
+from seqfed.common.compression import Key
+from seqfed.common.compression.chosen import download
 from seqfed.common.errors import (
     ConfigError,
     DuplicateUpdate,
@@ -37,19 +36,19 @@ from seqfed.common.errors import (
     WrongRound,
 )
 from seqfed.common.identity import Identity, load_credentials
-from seqfed.common.layout import Flat
 from seqfed.common.masking.messages import Advert, Reply, Request
 from seqfed.common.masking.trust import bound
 from seqfed.common.metrics import TRAINED, add
 from seqfed.common.schema import DataSchema, misfit
 from seqfed.common.transfer import CHUNK_BYTES
-from seqfed.server import fedavg, masked, points
+from seqfed.server import fedavg, ledger, making, points, steps
 from seqfed.server import round as machine
 from seqfed.server.access import Access
 from seqfed.server.audit import Audit, Kind, Note
 from seqfed.server.hub import Connection, Hub
 from seqfed.server.intake import Intake, Patience, check_tally
 from seqfed.server.live import Live, Work, revive
+from seqfed.server.payloads import announced
 from seqfed.server.round import ACTIVE, ENDED, FORGIVEN, Phase, Run
 from seqfed.server.settings import ServerSettings
 from seqfed.server.store import KnownClient, Store, UpdateRow
@@ -333,7 +332,8 @@ class Coordinator:
     ) -> None:
         """Make the new state durable with what the events brought, then true; if that fails, nothing has changed."""
         before, now = live.state, (asyncio.get_running_loop().time(), live.bytes_up, live.bytes_down)
-        record = self._record(live, now, effects, model)
+        traffic = dict(live.traffic) if model is not None or state.round != before.round or _closes(effects) else {}
+        record = self._record(live, now, traffic, effects, model)
         columns: dict[str, float | int] = {}
         if live.started is None and state.phase in ACTIVE:
             columns["started"] = time.time()
@@ -343,15 +343,30 @@ class Coordinator:
             columns |= {"bytes_up": live.bytes_up, "bytes_down": live.bytes_down}
         if replace(state, present=before.present) != before:
             notes = _notes(live, state, effects, model, record, by)
-            await asyncio.to_thread(
-                self.store.commit, live.run, state, updates=updates, model=model, record=record, notes=notes, **columns
-            )
+            entries = await self._booked(live, state, made=model is not None)
+
+            def commit() -> None:
+                more = [*notes, *ledger.notes(entries)]
+                self.store.commit(
+                    live.run,
+                    state,
+                    updates=updates,
+                    model=model,
+                    record=record,
+                    notes=more,
+                    ledger=entries,
+                    **columns,
+                )
+
+            await asyncio.to_thread(commit)
+            live.ledger |= {one.holder: one for one in entries}
         live.state, live.trouble = state, ""
         live.started = columns.get("started", live.started)
         live.ended = columns.get("ended", live.ended)
         if model is not None:
             points.reached("model-committed")
             live.older[live.version] = live.model
+            live.steps = () if live.next_step is None else steps.kept((*live.steps, live.next_step), live.layout)
             live.model, live.version = model, before.round
             self._tidy(live, [one for one in live.updates.values() if one.round <= before.round])
             live.updates = {name: one for name, one in live.updates.items() if one.round > before.round}
@@ -364,11 +379,26 @@ class Coordinator:
             if closed:
                 points.reached("round-closed")
         if state.round != before.round:
+            live.marked = traffic
             live.mark = now  # where the last round's record ended, so that the rounds add up to the run
         live.tell()
 
+    async def _booked(self, live: Live, state: Run, *, made: bool) -> tuple[views.LedgerEntry, ...]:
+        """What this step adds to the ledger: a round's model is a release, and so is a sum that was opened and made none."""
+        dp, before = live.spec.privacy.dp, live.state
+        seen = dp is not None and dp.mode == "distributed" and state.opened > before.opened
+        if dp is None or not (made or seen):
+            return ()
+        clients = before.cohort if dp.mode == "local" else before.folded
+        return await asyncio.to_thread(ledger.after, live.spec, live.ledger, before.round, clients)
+
     def _record(
-        self, live: Live, now: tuple[float, int, int], effects: Iterable[machine.Effect], model: ModelFile | None
+        self,
+        live: Live,
+        now: tuple[float, int, int],
+        traffic: Mapping[str, tuple[int, int]],
+        effects: Iterable[machine.Effect],
+        model: ModelFile | None,
     ) -> views.RoundRecord | None:
         """The round's record, to be written with this step: made with its model, completed at its close."""
         clock, up, down = live.mark
@@ -397,11 +427,18 @@ class Coordinator:
             evaluated_clients=closed.clients if closed is not None else 0,
             bytes_up=now[1] - up,
             bytes_down=now[2] - down,
+            traffic=live.traffic_since(traffic),
             seconds=now[0] - clock,
         )
 
     async def _perform(self, live: Live, effects: Iterable[machine.Effect]) -> None:
         """Do them: what others wait for first, then the arithmetic, then what needs its result."""
+        asks = live.state.phase is Phase.TRAINING and any(isinstance(one, machine.Ask) for one in effects)
+        if asks and live.spec.privacy.dp is not None:
+            why = await asyncio.to_thread(ledger.allows, live.spec, live.ledger, live.state.round)
+            if why is not None:
+                await self._follow(live, machine.BudgetSpent(why))
+                return
         for effect in effects:
             self._effect(live, effect)
         if live.state.phase not in ACTIVE:
@@ -409,7 +446,7 @@ class Coordinator:
         opened, names = _folds(effects)
         folds = [live.updates[name] for name in names]
         if opened and not live.spec.privacy.secure_aggregation:
-            live.sum = fedavg.empty(live.layout.size, live.sum)
+            live.sum, live.within = fedavg.empty(live.layout.size, live.sum), 0
         if folds:
             await asyncio.to_thread(self._fold, live, folds)
             points.reached("folded")
@@ -494,7 +531,8 @@ class Coordinator:
         live.older = {version: model for version, model in live.older.items() if version >= oldest}
         version = min((live.version, *(one + 1 for one in live.older)))
         paths = [self.store.update_path(live.run, one.base, one.client, one.digest) for one in consumed]
-        task = asyncio.ensure_future(asyncio.to_thread(self.store.tidy, live.run, version, paths))
+        oldest_step = live.steps[0].version if live.steps else live.version + 1
+        task = asyncio.ensure_future(asyncio.to_thread(self.store.tidy, live.run, version, paths, oldest_step))
         self._tidying.add(task)
         task.add_done_callback(self._tidying.discard)
 
@@ -504,24 +542,15 @@ class Coordinator:
         live.deadline = asyncio.get_running_loop().call_later(seconds, self._post, live, event)
 
     def _fold(self, live: Live, updates: Iterable[UpdateRow]) -> None:
-        assert live.sum is not None
-        bound = live.spec.aggregation.clips_at
-        for update in updates:
-            path = self.store.update_path(live.run, update.base, update.client, update.digest)
-            # From the file, and nothing of it is kept: what a restart folds again comes out the same.
-            scale = 1.0 if bound is None else fedavg.shrink(fedavg.norm(_numbers(path)), bound)
-            if scale < 1.0:
-                live.log(update.client).info("its update is scaled down to %.3g of itself (max_norm)", scale)
-            scale *= live.staleness(live.state.round - update.base)
-            fedavg.fold(live.sum, live.weight(update.weight), _numbers(path), scale)
+        place = self.store.update_path
+        making.fold(live, [(one, place(live.run, one.base, one.client, one.digest)) for one in updates])
 
     async def _commit_model(self, live: Live) -> None:
-        model = await asyncio.to_thread(self._write_model, live)
+        model, live.next_step = await asyncio.to_thread(self._write_model, live)
         points.reached("model-written")
-        await self._follow(live, machine.ModelCommitted(live.state.round), model)
+        await self._follow(live, machine.ModelCommitted(live.state.round, live.next_clip), model)
 
-    def _write_model(self, live: Live) -> ModelFile:
-        old = (np.frombuffer(piece, "<f4") for piece in live.model.pieces())
+    def _write_model(self, live: Live) -> tuple[ModelFile, steps.Step | None]:
         metadata = {
             "run": live.run,
             "round": str(live.state.round),
@@ -529,12 +558,11 @@ class Coordinator:
             "spec_digest": live.effective.digest,
         }
         path = self.store.model_path(live.run, live.state.round)
-        if live.spec.privacy.secure_aggregation:
-            assert live.masked is not None
-            assert live.masked.change is not None
-            return checkpoint.write(path, live.layout, masked.applied(old, live.masked.change), metadata)
-        assert live.sum is not None
-        return checkpoint.write(path, live.layout, fedavg.finish(live.sum, old), metadata)
+        codec = download(live.spec, live.layout.size)
+        if codec is None:
+            return checkpoint.write(path, live.layout, making.parts(live), metadata), None
+        key = Key(live.spec.seed, live.run, live.state.round)
+        return steps.write(path, live.model, making.parts(live), codec, key, metadata)
 
     async def _break(self, live: Live, error: Exception) -> None:
         """End the run because it cannot go on, or pause it if it may later; if even that cannot be committed, in memory only."""
@@ -614,6 +642,8 @@ class Coordinator:
     def _task(self, live: Live, kind: views.TaskKind, round_: int | None = None) -> views.Task:
         key = views.TaskKey(live.run, live.state.round if round_ is None else round_, live.state.attempt)
         version = views.ModelVersion(live.version, live.layout.nbytes, live.model.digest, live.layout.digest)
+        if kind not in {views.TaskKind.CANCEL, views.TaskKind.MEASURE}:
+            version = replace(version, steps=tuple(one.view() for one in live.steps))
         masking = None
         if live.spec.privacy.secure_aggregation and kind is not views.TaskKind.CANCEL:
             masking = views.MaskingTerms(live.state.number, len(live.state.cohort))
@@ -622,15 +652,28 @@ class Coordinator:
         )
 
     def _with_model(self, live: Live, client: str, task: views.Task) -> views.Task:
-        """The task with its model, where that is one chunk and new to the client: it spares each of them a call."""
+        """The task with its model, or the steps to it, where they are one chunk and new to the client: it spares a call."""
         connection = self.hub.get(client)
-        if connection is None or task.model.nbytes > CHUNK_BYTES or connection.holds == task.model.digest:
+        if connection is None or connection.holds == task.model.digest:
+            return task
+        place = next((at for at, one in enumerate(live.steps) if one.base == connection.holds), len(live.steps))
+        missed = live.steps[place:]
+        if missed and sum(one.nbytes for one in missed) <= CHUNK_BYTES:
+            connection.holds = task.model.digest
+            with_data = tuple(one.view(whole=at >= place) for at, one in enumerate(live.steps))
+            return replace(task, model=replace(task.model, steps=with_data))
+        if missed or task.model.nbytes > CHUNK_BYTES:
             return task
         if live.small is None or live.small[0] != task.model.digest:
             live.small = (task.model.digest, live.model.read(0, task.model.nbytes))
         connection.holds = task.model.digest
-        live.bytes_down += task.model.nbytes
         return replace(task, model=replace(task.model, data=live.small[1]))
+
+    def moved(self, run: str, client: str, up: int = 0, down: int = 0) -> None:
+        """Note bytes of messages about this run, if it is one that goes on."""
+        live = self.lives.get(run)
+        if live is not None and live.state.phase not in ENDED:
+            live.moved(client, up, down)
 
     # What clients say ---------------------------------------------------------------------------------------------
 
@@ -679,17 +722,38 @@ class Coordinator:
     def model_file(self, client: str, run: str, version: int) -> tuple[ModelFile, Callable[[int], None]]:
         """A model that this client may still need, and what must hear of the bytes sent of it."""
         live = self._live(run)
-        if client not in live.state.cohort and all(name != client for name, _ in live.state.working):
-            raise WrongRound(f"client '{client}' is not asked for anything by run {run}, so it gets no model of it")
+        self._require_asked(live, client)
         model = live.model if version == live.version else live.older.get(version)
         if model is None:
             raise NoModel(f"model version {version} of run {run} is not served; the current one is {live.version}")
+        return model, self._down(live, client)
 
-        def meter(size: int) -> None:
-            live.bytes_down += size
+    def step(self, client: str, run: str, version: int) -> tuple[steps.Step, Callable[[int], None]]:
+        """The payload that leads to this version, and what must hear of the bytes sent of it."""
+        live = self._live(run)
+        self._require_asked(live, client)
+        for one in live.steps:
+            if one.version == version:
+                return one, self._down(live, client)
+        raise NoModel(f"the difference to model version {version} of run {run} is not served (any more)")
+
+    def digest_of(self, run: str, version: int) -> bytes:
+        """Of the model of this version, if it is the current one."""
+        live = self._live(run)
+        return live.model.digest if version == live.version else b""
+
+    @staticmethod
+    def _require_asked(live: Live, client: str) -> None:
+        if client not in live.state.cohort and all(name != client for name, _ in live.state.working):
+            raise WrongRound(
+                f"client '{client}' is not asked for anything by run {live.run}, so it gets no model of it"
+            )
+
+    def _down(self, live: Live, client: str) -> Callable[[int], None]:
+        def meter(_: int) -> None:
             self._hear(live, client)
 
-        return model, meter
+        return meter
 
     def counted(self, client: str, key: views.TaskKey, digest: bytes) -> bool:
         """Whether exactly this update is counted already; raises WrongRound, RunEnded, DuplicateUpdate, UnknownRun."""
@@ -721,6 +785,21 @@ class Coordinator:
             f"run {key.run} is {state.phase.value} in round {state.round}, attempt {state.attempt}"
         )
 
+    async def has_counted(self, client: str, key: views.TaskKey, digest: bytes) -> bool:
+        """The same, and True if the client's update counted in a round that is over: one whose codec feeds back has to know."""
+        try:
+            return self.counted(client, key, digest)
+        except WrongRound:
+            live = self._live(key.run)
+            if not live.spec.compression.feeds_back or not 0 < key.round <= live.state.round:
+                raise
+            rounds = live.spec.cohort.max_staleness + 1
+            last = min(live.state.round, key.round + rounds - 1)
+            records = await asyncio.to_thread(self.store.history, key.run, key.round - 1, last, rounds)
+            if any(client in one.folded and one.round - one.stale.get(client, 0) == key.round for one in records):
+                return True
+            raise
+
     def progress(self, client: str, key: views.TaskKey, progress: views.Progress) -> None:
         """Note how far a client's task is; raises WrongRound, RunEnded or UnknownRun if nobody waits for it."""
         live = self._live(key.run)
@@ -741,15 +820,16 @@ class Coordinator:
         if self.counted(client, header.key, header.digest):
             return True
 
-        def meter(size: int) -> None:
-            live.bytes_up += size
+        def meter(_: int) -> None:
             self._hear(live, client, views.Progress(views.Stage.SENDING))
 
+        packing = announced(live.spec, live.layout, live.run, base, client, header.codec)
         row = UpdateRow(client, base, base, header.weight, header.digest, dict(header.tally), header.training_seconds)
         path = self.store.update_path(live.run, base, client, header.digest)
         weight, cohort = live.weight(row.weight), max(1, len(live.state.cohort) + len(live.state.owing))
+        rule = live.spec.aggregation
         await self.intake.receive(
-            client, header, live.layout, weight, cohort, path, chunks, meter, live.spec.aggregation
+            client, header, live.layout, weight, cohort, path, chunks, meter, rule, packing=packing
         )
         points.reached("update-placed")
         work = live.work.get(client)
@@ -849,7 +929,10 @@ ASKS: Mapping[Phase, views.TaskKind] = {
 
 
 def _trained(live: Live, stale: Iterable[str]) -> tuple[dict[str, int], float]:
-    """The summed tally of the round's trainings, and the seconds of the slowest."""
+    """The summed tally of the round's trainings, and the seconds of the slowest; nothing where all that is told is private."""
+    dp = live.spec.privacy.dp
+    if dp is not None and not dp.is_public:
+        return {}, 0.0
     if live.spec.privacy.secure_aggregation:
         assert live.masked is not None
         tally = {name: value for name, value in live.masked.tally.items() if name in TRAINED}
@@ -890,6 +973,10 @@ def _notes(
     return notes
 
 
+def _closes(effects: Iterable[machine.Effect]) -> bool:
+    return any(isinstance(one, machine.CloseRound) for one in effects)
+
+
 def _asked(state: Run) -> tuple[int, int, tuple[str, ...]]:
     return state.round, state.attempt, state.cohort
 
@@ -903,13 +990,6 @@ def _folds(effects: Iterable[machine.Effect]) -> tuple[bool, list[str]]:
         elif isinstance(one, machine.Fold):
             names.append(one.client)
     return opened, names
-
-
-def _numbers(path: Path) -> Iterator[Flat]:
-    """A complete update's numbers from its file, in parts."""
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(PIECE_BYTES):
-            yield np.frombuffer(piece, "<f4")
 
 
 def _cancel(*timers: asyncio.TimerHandle | None) -> None:

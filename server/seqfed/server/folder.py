@@ -54,12 +54,14 @@ class Folder:
         except OSError as error:
             raise storage_error(error, f"opening the state folder {self.path}") from error
 
-    def tidy(self, run: str, before: int, consumed: Sequence[Path]) -> None:
-        """Remove the models before this version, and these files of updates."""
+    def tidy(self, run: str, before: int, consumed: Sequence[Path], steps: int = 0) -> None:
+        """Remove the models before this version, with what their payloads left out, the payloads before version `steps`, and
+        these files of updates.
+        """
         with contextlib.suppress(OSError):
-            for model in (self.path / "models" / run).glob("[0-9]*.safetensors"):
-                if int(model.name.partition(".")[0]) < before:
-                    model.unlink(missing_ok=True)
+            for file in (self.path / "models" / run).glob("[0-9]*"):
+                if int(file.name.partition(".")[0]) < (steps if file.suffix == ".delta" else before):
+                    file.unlink(missing_ok=True)
         for update in consumed:
             with contextlib.suppress(OSError):
                 update.unlink(missing_ok=True)
@@ -73,7 +75,7 @@ class Folder:
                 if folder.name not in runs:
                     shutil.rmtree(folder, ignore_errors=True)
             for file in self.path.glob("models/*/*"):
-                if file not in models:
+                if file.with_suffix(".safetensors") not in models:  # a model's payload stays where the model went
                     file.unlink()
             for file in self.path.glob("updates/*/*"):
                 if file.is_dir():  # as an older version kept them

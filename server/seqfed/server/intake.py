@@ -28,11 +28,13 @@ from seqfed.common.errors import (
     storage_error,
 )
 from seqfed.common.layout import BYTES_PER_PARAMETER, Layout
+from seqfed.common.loop import whole
 from seqfed.common.metrics import TRAINED
 from seqfed.common.spec import AggregationSpec
 from seqfed.common.transfer import Reassembly
 from seqfed.common.views import UpdateHeader
 from seqfed.server import fedavg
+from seqfed.server.payloads import Packing
 
 MAX_TOTAL: Final = 1 << 62  # of a cohort's tallies: they travel on as 64-bit integers
 UNBOUNDED: Final = AggregationSpec()
@@ -49,20 +51,24 @@ class Patience:
 
 
 class Part:
-    """An update that is not complete yet."""
+    """An update that is not complete yet. packing: what its bytes are a payload of, if they are."""
 
-    def __init__(self, header: UpdateHeader, path: Path, rule: AggregationSpec) -> None:
+    def __init__(self, header: UpdateHeader, path: Path, rule: AggregationSpec, packing: Packing | None = None) -> None:
         self.header = header
         self.path = path
+        self._packing = packing
         self.reassembly = Reassembly(header.nbytes, header.digest, self._sink)
         self.highest = 0.0  # max |delta| so far
         self._clip, self._bound = rule.clips_at, rule.refuses_above
-        self._norm = None if self._bound is None else fedavg.Norm()
+        self._norm = self._new_norm()
         self._masked = header.masked_number > 0  # then it looks like noise, and any would
         self.lock = asyncio.Lock()
         self.dropped = False
         self.done = False
         self._file: IO[bytes] | None = None
+
+    def _new_norm(self) -> fedavg.Norm | None:
+        return None if self._bound is None else fedavg.Norm()
 
     def expect(self, offset: int) -> None:
         """Raise BrokenTransfer unless the upload goes on at this byte."""
@@ -72,17 +78,37 @@ class Part:
             raise BrokenTransfer(f"byte {self.reassembly.received:,} is next, the upload began at {offset:,}")
 
     def take(self, offset: int, data: bytes, weight: int, cohort: int, final: Path) -> None:
-        """Add the next chunk; after the last one check the whole and put it in place. Raises what is wrong."""
+        """Add the next chunk; after the last one check the whole and put it in place. Raises what is wrong.
+
+        Of a payload, which takes longer than a chunk to check, that is left to `unpack` and `finish`.
+        """
         if self.dropped:
             raise BrokenTransfer(_GIVEN_UP)
         require_size(self.reassembly, data)
         self.reassembly.add(offset, data)
+        if self.packed:
+            return
         if self.reassembly.received == self.header.nbytes:
-            self._finish(weight, cohort, final)
-            self.done = True
+            self.finish(weight, cohort, final)
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is a payload that has yet to be checked."""
+        return self._packing is not None and not self.done
+
+    def unpack(self) -> None:
+        """Look at all the numbers that a whole payload stands for; raises what is wrong with them."""
+        assert self._packing is not None
+        self.reassembly.finish()
+        highest, norm = 0.0, self._new_norm()
+        for numbers in self._packing.parts(self.path):
+            highest = max(highest, fedavg.peak(numbers))
+            if norm is not None:
+                norm.add(numbers)
+        self.highest, self._norm = highest, norm
 
     def _sink(self, _: int, data: bytes) -> None:
-        if not self._masked:
+        if not self._masked and self._packing is None:
             self._look(data)
         try:
             if self._file is None:
@@ -100,7 +126,8 @@ class Part:
         if self._norm is not None:
             self._norm.add(numbers)
 
-    def _finish(self, weight: int, cohort: int, final: Path) -> None:
+    def finish(self, weight: int, cohort: int, final: Path) -> None:
+        """Check the whole and put it in place."""
         self.reassembly.finish()
         self.check(weight, cohort)
         assert self._file is not None  # a layout has at least one parameter, so at least one chunk came
@@ -109,6 +136,7 @@ class Part:
             self.path.replace(final)
         except OSError as error:
             raise storage_error(error, "keeping an update") from error
+        self.done = True
 
     def check(self, weight: int, cohort: int) -> None:
         """Raise UpdateOutOfRange unless the whole update, so weighted and scaled to the run's norm, fits its sum."""
@@ -173,15 +201,16 @@ class Intake:
         meter: Callable[[int], None],
         rule: AggregationSpec = UNBOUNDED,
         vector_bytes: int = 0,
+        packing: Packing | None = None,
     ) -> None:
         """Take the chunks of one update until it is whole, checked, and in its place, `final`.
 
         `weight`: what it will be folded with, as one of `cohort`. `meter` hears of the bytes of each chunk. `rule`: what
-        the run allows an update. `vector_bytes`: of a masked vector, which comes instead. Raises the typed error for
-        whatever is wrong, Overloaded if too many wait; after a mere break what has come is kept, after anything else it is
-        dropped.
+        the run allows an update. `vector_bytes`: of a masked vector, which comes instead; `packing`: of a payload, likewise.
+        Raises the typed error for whatever is wrong, Overloaded if too many wait; after a mere break what has come is kept,
+        after anything else it is dropped.
         """
-        check_header(header, layout, cohort, vector_bytes)
+        check_header(header, layout, cohort, vector_bytes, packing)
         if self._here >= self._most:
             raise Overloaded(f"{self._here:,} uploads wait for room (uploads_waiting); try again later")
         if self._of[client] >= self._each:
@@ -191,7 +220,8 @@ class Intake:
         self._here += 1
         self._of[client] += 1
         try:
-            await self._receive((header.key.run, client), header, weight, cohort, final, chunks, meter, rule)
+            part = self._continue((header.key.run, client), header, final, rule, packing)
+            await self._receive((header.key.run, client), part, header.offset, weight, cohort, final, chunks, meter)
         finally:
             self._here -= 1
             self._of[client] -= 1
@@ -201,46 +231,57 @@ class Intake:
     async def _receive(
         self,
         place: tuple[str, str],
-        header: UpdateHeader,
+        part: Part,
+        offset: int,
         weight: int,
         cohort: int,
         final: Path,
         chunks: AsyncIterator[tuple[int, bytes]],
         meter: Callable[[int], None],
-        rule: AggregationSpec,
     ) -> None:
-        async with self._moving:
-            part = self._continue(place, header, final, rule)
-            async with part.lock:
-                try:
-                    if not part.done:  # it is if an earlier call was cut off between the last byte and its answer
-                        part.expect(header.offset)
-                        async for offset, data in _unstalled(chunks, self._patience):
-                            meter(len(data))
-                            part.take(offset, data, weight, cohort, final)
-                    if not part.done:
-                        raise BrokenTransfer(
-                            f"the stream ended at byte {part.reassembly.received:,} of {header.nbytes:,}; go on from there"
-                        )
-                    part.check(weight, cohort)
-                except (BrokenTransfer, asyncio.CancelledError):
-                    raise
-                except BaseException:
-                    part.drop()
-                    raise
-                finally:
-                    if part.dropped:
-                        part.remove()
-                        self._let_go(place, part)
-                self._let_go(place, part)
+        # In this order: while one stream of an update moves, a second one of it takes no place.
+        async with part.lock, self._moving:
+            try:
+                if not part.done:  # it is if an earlier call was cut off between the last byte and its answer
+                    part.expect(offset)
+                    async for start, data in _unstalled(chunks, self._patience):
+                        meter(len(data))
+                        part.take(start, data, weight, cohort, final)
+                if part.packed and part.reassembly.received == part.header.nbytes:
+                    await whole(asyncio.to_thread(part.unpack))
+                    part.expect(part.header.nbytes)  # unless it was given up meanwhile
+                    part.finish(weight, cohort, final)
+                if not part.done:
+                    raise BrokenTransfer(
+                        f"the stream ended at byte {part.reassembly.received:,} of {part.header.nbytes:,}; go on from there"
+                    )
+                part.check(weight, cohort)
+            except (BrokenTransfer, asyncio.CancelledError):
+                raise
+            except BaseException:
+                part.drop()
+                raise
+            finally:
+                if part.dropped:
+                    part.remove()
+                    self._let_go(place, part)
+            self._let_go(place, part)
 
-    def _continue(self, place: tuple[str, str], header: UpdateHeader, final: Path, rule: AggregationSpec) -> Part:
+    def _continue(
+        self,
+        place: tuple[str, str],
+        header: UpdateHeader,
+        final: Path,
+        rule: AggregationSpec,
+        packing: Packing | None,
+    ) -> Part:
         part = self._parts.get(place)
         if part is None or part.header.digest != header.digest or part.header.key.round != header.key.round:
             if part is not None:
                 part.drop()
             mark = header.digest.hex()[:16]  # one that is given up may still be at work on its own file
-            part = self._parts[place] = Part(header, final.with_name(f"{final.name}.{mark}.{self._own}.part"), rule)
+            beside = final.with_name(f"{final.name}.{mark}.{self._own}.part")
+            part = self._parts[place] = Part(header, beside, rule, packing)
         return part
 
     def _let_go(self, place: tuple[str, str], part: Part) -> None:
@@ -287,12 +328,19 @@ def require_size(into: Reassembly, data: bytes) -> None:
         )
 
 
-def check_header(header: UpdateHeader, layout: Layout, cohort: int, vector_bytes: int = 0) -> None:
-    """Raise TooLarge, LayoutMismatch or UpdateOutOfRange unless an update so announced could be one of this layout.
+def check_header(
+    header: UpdateHeader, layout: Layout, cohort: int, vector_bytes: int = 0, packing: Packing | None = None
+) -> None:
+    """Raise TooLarge, LayoutMismatch, MalformedPayload or UpdateOutOfRange unless an update so announced could be one of this
+    layout.
 
-    `vector_bytes`: of a masked vector, which comes instead of the update, and without its weight and tally.
+    `vector_bytes`: of a masked vector, which comes instead of the update, and without its weight and tally. `packing`: of a
+    payload, which comes instead, and is as long as it happens to be.
     """
     due = vector_bytes or layout.nbytes
+    if packing is not None:
+        packing.check_size(header.nbytes)
+        due = header.nbytes
     if header.nbytes > due:
         raise TooLarge(f"an update of {header.nbytes:,} bytes came; one of this run has {due:,}")
     if header.layout_digest != layout.digest or header.nbytes != due:

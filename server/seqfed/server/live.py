@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,9 +14,10 @@ from seqfed.common.checkpoint import ModelFile
 from seqfed.common.layout import Layout
 from seqfed.common.metrics import names
 from seqfed.common.spec import RunSpec
-from seqfed.server import fedavg
+from seqfed.server import fedavg, steps
 from seqfed.server.masked import MaskedSum
 from seqfed.server.round import Run
+from seqfed.server.steps import Step
 from seqfed.server.store import UNSIGNED, Signed, StoredRun, UpdateRow
 
 log = logging.getLogger("seqfed.server")
@@ -48,10 +50,17 @@ class Live:
     updates: dict[str, UpdateRow]  # that are in the sum or go into the next, by client
     older: dict[int, ModelFile] = field(default_factory=dict)  # versions from which somebody still works
     sum: fedavg.WeightedSum | None = None
+    ledger: dict[str, views.LedgerEntry] = field(default_factory=dict)  # of its privacy, by holder; the committed one
+    within: int = 0  # updates in the sum that were not scaled down
+    next_clip: float = 0.0  # where it adapts
     masked: MaskedSum | None = None  # under secure aggregation: of this phase, or of the one before
+    steps: tuple[Step, ...] = ()  # to the current model, where downloads are differences
+    next_step: Step | None = None  # with the model that is being committed
     small: tuple[bytes, bytes] | None = None  # digest and vector of the current model, if it is one chunk
     record: views.RoundRecord | None = None  # the round that is committed and not yet closed
     mark: tuple[float, int, int] = (0.0, 0, 0)  # clock, bytes up, bytes down when the round began
+    traffic: dict[str, tuple[int, int]] = field(default_factory=dict)  # bytes up and down by client, since the start
+    marked: dict[str, tuple[int, int]] = field(default_factory=dict)  # the same when the round began
     deadline: asyncio.TimerHandle | None = None
     work: dict[str, Work] = field(default_factory=dict)  # of those who are at work, by client
     scan: asyncio.TimerHandle | None = None  # the next look for silent ones
@@ -83,6 +92,22 @@ class Live:
         if not self.statistics:
             return self.spec
         return statistics.applied(self.spec, statistics.Statistics.model_validate_json(self.statistics))
+
+    def moved(self, client: str, up: int = 0, down: int = 0) -> None:
+        """So many bytes of messages have come from this client, or gone to it."""
+        before = self.traffic.get(client, (0, 0))
+        self.traffic[client] = before[0] + up, before[1] + down
+        self.bytes_up += up
+        self.bytes_down += down
+
+    def traffic_since(self, now: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """What has moved since the round began, by client; now: a copy of `traffic`."""
+        none = (0, 0)
+        found = {
+            name: (up - self.marked.get(name, none)[0], down - self.marked.get(name, none)[1])
+            for name, (up, down) in now.items()
+        }
+        return {name: both for name, both in sorted(found.items()) if any(both)}
 
     def tell(self) -> None:
         """Wake everybody who watches this run."""
@@ -127,4 +152,6 @@ def revive(stored: StoredRun) -> Live:
         {one.client: one for one in stored.updates},
         record=stored.record,
         signed=stored.signed,
+        steps=steps.kept(stored.steps, stored.model.layout),
+        ledger={one.holder: one for one in stored.ledger},
     )

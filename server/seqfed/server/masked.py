@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -19,6 +19,8 @@ from typing import Final
 import numpy as np
 
 from seqfed.common import quantising
+from seqfed.common.compression import rotsub
+from seqfed.common.dp import accounting, skellam
 from seqfed.common.errors import (
     DuplicateUpdate,
     MaskingFailed,
@@ -30,18 +32,26 @@ from seqfed.common.errors import (
 from seqfed.common.layout import Flat
 from seqfed.common.loop import whole
 from seqfed.common.masking import packing, prg, server
-from seqfed.common.masking.agreed import largest_weight, lattice_of, rotation_seed, scalar_names
+from seqfed.common.masking.agreed import (
+    largest_weight,
+    lattice_of,
+    mechanism_of,
+    part_of,
+    rotation_seed,
+    scalar_names,
+)
 from seqfed.common.masking.checks import check_advert
 from seqfed.common.masking.messages import Advert, Confirm, KeyShares, MaskedInput, Opening, Reply, Request
 from seqfed.common.masking.server import Step
 from seqfed.common.masking.terms import Purpose, Terms
 from seqfed.common.masking.unmasking import check_sums, scalar_totals, unmasking
 from seqfed.common.spec import RunSpec
+from seqfed.server import private
 from seqfed.server.round import MaskingEnded, Unmasked
 
 log = logging.getLogger("seqfed.server")
 
-AWAY_S: Final = 5.0  # and the clients' spread: so long has who lost its connection to come back before it is left out
+AWAY_S: Final = 2.0  # and twice the clients' spread: so long has who lost its connection to come back
 PIECE: Final = 1 << 18  # numbers unpacked at once
 
 
@@ -58,6 +68,8 @@ class MaskedSum:
     """Made when a phase asks its clients, so that who is ready can say so; begun when the phase is over.
 
     trust: raises what is wrong with whom an advert says it is of. here: whether a client is connected. tell: hears of the end.
+    size: numbers of an update. Of a private run, target: what the sum is divided by; noise: key and tree round of what the
+    server adds, None if nothing.
     """
 
     def __init__(
@@ -67,12 +79,17 @@ class MaskedSum:
         trust: Callable[[Advert], None],
         here: Callable[[str], bool],
         tell: Callable[[Unmasked | MaskingEnded], None],
+        *,
+        size: int,
+        target: int = 0,
+        noise: tuple[bytes, int | None] | None = None,
         spread_s: float = 0.0,
     ) -> None:
         self.terms = terms
         self._spec = spec
         self._trust, self._here, self._tell = trust, here, tell
-        self._away_s = AWAY_S + spread_s
+        self._size, self._target, self._noise = size, target, noise
+        self._away_s = AWAY_S + 2 * spread_s
         self._adverts: dict[str, Advert] = {}
         self._state: server.State | None = None
         self._changed = asyncio.Event()  # replaced at every change
@@ -82,6 +99,7 @@ class MaskedSum:
         self._folding = asyncio.Lock()
         self._vectors: dict[str, Vector] = {}
         self._folded: set[str] = set()
+        self._delivered = False  # who knows who has shared may send its input, and has noted it before that comes
         self._total = np.zeros(terms.dim, terms.dtype)
         self.tally: dict[str, int] = {}  # the sums of the scalars, once they are known
         self.change: Flat | None = None  # the weighted mean of the updates, likewise
@@ -122,6 +140,10 @@ class MaskedSum:
             return
         if self._adverts.get(client) != advert:
             check_advert(self.terms, advert, self._trust)
+            own = {advert.encryption_key, advert.mask_key, advert.identity_key}
+            others = (one for name, one in self._adverts.items() if name != client)
+            if any(own & {one.encryption_key, one.mask_key, one.identity_key} for one in others):
+                raise MaskingRefused(f"client '{client}' advertises a key that another client has")
             self._adverts[client] = advert
 
     async def say(self, client: str, message: Request) -> Reply:
@@ -264,6 +286,7 @@ class MaskedSum:
                 case server.Answer():
                     self._tell_all()
                 case server.StartStep(step):
+                    self._delivered = self._delivered or step is not Step.SHARING
                     later = asyncio.get_running_loop().call_later
                     self._timers.append(later(self._spec.privacy.step_s, self._late, step))
                     for client in self._begun().awaited:
@@ -283,15 +306,18 @@ class MaskedSum:
         self._changed = asyncio.Event()
 
     def _end(self, event: Unmasked | MaskingEnded) -> None:
+        if self._over:
+            return
         if isinstance(event, MaskingEnded):
-            event = replace(event, given=self._state is not None and len(self._state.masked) > 0)
+            event = replace(event, given=self._delivered)
             self.close(f"masked sum {self.terms.number} came to nothing: {event.why}")
         self._tell(event)
 
     async def _finish(self, state: server.State, survivors: tuple[str, ...]) -> None:
         number = self.terms.number
         try:
-            failed = await asyncio.to_thread(self._open, state, survivors)
+            async with self._folding:  # a vector that came too late is still being taken out again
+                failed = await asyncio.to_thread(self._open, state, survivors)
         except SeqfedError as error:
             self._end(MaskingEnded(number, str(error)))
         except Exception:  # the run goes on with the next attempt
@@ -302,6 +328,31 @@ class MaskedSum:
                 self._end(MaskingEnded(number, failed.why, failed.missed))
             else:
                 self._end(Unmasked(number, survivors, tuple(sorted(self.tally.items()))))
+
+    def _decoded(self, clients: int, weight: int, most: int) -> Flat:
+        """What the opened sum of the vectors says of the model; with noise, if the server is to add it."""
+        seed, mechanism = rotation_seed(self._spec, self.terms.round), mechanism_of(self._spec, self.terms)
+        part = part_of(self._spec, self.terms, self._size)
+        if part is not None:
+            return rotsub.decode(self._total, part, seed, clients=clients, weight=weight, max_weight=most)
+        if mechanism is None:
+            lattice = lattice_of(self._spec, self.terms)
+            return quantising.decode(self._total, lattice, seed, clients=clients, weight=weight, max_weight=most)
+        if self._noise is None:
+            return skellam.decode(self._total, mechanism, seed, clients=clients, target=self._target)
+        multiplier = accounting.noise_multiplier(self._spec)
+        assert multiplier is not None
+        key, tree_round = self._noise
+        return private.decode(
+            self._total,
+            mechanism,
+            seed,
+            clients=clients,
+            target=self._target,
+            multiplier=multiplier,
+            key=key,
+            tree_round=tree_round,
+        )
 
     def _open(self, state: server.State, survivors: tuple[str, ...]) -> server.Fail | None:
         """Take the masks off both sums, and see that they can be sums of what they should be."""
@@ -323,10 +374,7 @@ class MaskedSum:
             if weight < count:
                 raise MaskingFailed(f"{count} clients are in the sum, and their weights are {weight} together")
             prg.threads(self._total, found.plus, found.minus, os.cpu_count() or 1)
-            seed = rotation_seed(self._spec, self.terms.round)
-            self.change = quantising.decode(
-                self._total, lattice_of(self._spec, self.terms), seed, clients=count, weight=weight, max_weight=most
-            )
+            self.change = self._decoded(count, weight, most)
         self.tally = tally
         return None
 
@@ -344,11 +392,3 @@ def _event(client: str, message: KeyShares | Confirm | Opening) -> server.Event:
             return server.Confirming(client, message)
         case Opening():
             return server.Opened(client, message)
-
-
-def applied(model: Iterator[Flat], change: Flat) -> Iterator[Flat]:
-    """The model plus the change, in the model's parts."""
-    start = 0
-    for part in model:
-        yield part + change[start : start + len(part)]
-        start += len(part)

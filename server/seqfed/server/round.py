@@ -33,12 +33,14 @@ them, and again nothing changes.
 
 from __future__ import annotations
 
+import hmac
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Final
 
+from seqfed.common.dp.accounting import rate
 from seqfed.common.errors import DuplicateUpdate, IllegalTransition, WrongRound
 from seqfed.common.metrics import SMALLER_IS_BETTER, add, spread, summary
 from seqfed.common.seeds import generator
@@ -55,6 +57,8 @@ BACK_S: Final = 60.0  # after a restart, for all who were there: a cohort of the
 NOT_TWICE: Final = (
     "what clients have sent may have been opened, and of the same data they give nothing twice; submit the run anew"
 )
+_TAKEN_PART: Final = "of the clients that are here too many have been in privacy.dp.participations rounds"
+MOST_DRAWS: Final = 10_000  # of a round's cohort
 MOST_WORDS: Final = 300  # letters of why a client declines: they are kept, and saved at every step
 
 
@@ -102,6 +106,12 @@ class Run:
     silent: tuple[str, ...] = ()  # of the pending: nothing has been heard of their work for too long
     missed: tuple[tuple[str, int, int], ...] = ()  # (client, rounds in a row, the round in which it may be asked again)
     times: tuple[float, ...] = ()  # seconds from the task to the update, of the last answers
+    secret: str = field(
+        default="", repr=False
+    )  # 32 bytes in hex, of a run with differential privacy: who is drawn, its noise
+    opened: int = 0  # masked sums of trainings that may have been opened and made no model
+    took: tuple[tuple[str, int], ...] = ()  # (client, rounds it has been in), where that is limited
+    clip: float = 0.0  # of the next round's updates, where it adapts; 0: the first
     number: int = 0  # of the masked sum that this phase leads to, or of the last one; 0: there was none
     masks: str = ""  # MASKING: of which phase
     measured: tuple[tuple[str, int], ...] = ()  # the summed tally of the data, by name
@@ -231,9 +241,17 @@ class MaskingEnded:
 
 @dataclass(frozen=True)
 class ModelCommitted:
-    """This round's model is durable."""
+    """This round's model is durable. `clip`: the next round's, where it adapts."""
 
     round: int
+    clip: float = 0.0
+
+
+@dataclass(frozen=True)
+class BudgetSpent:
+    """The round that has just begun would spend more privacy than there is."""
+
+    why: str
 
 
 @dataclass(frozen=True)
@@ -288,6 +306,7 @@ Event = (
     | Unmasked
     | MaskingEnded
     | ModelCommitted
+    | BudgetSpent
     | Broken
     | DeadlinePassed
     | PauseRequested
@@ -437,6 +456,8 @@ def _gather(spec: RunSpec, run: Run) -> Step:
     target = _target(spec, run, pool)
     if target is None:
         waiting = replace(run, phase=Phase.GATHERING, masks="", cohort=(), failed=(), silent=())
+        if (spent := _spent_out(spec, run) & run.present) and _target(spec, run, (*pool, *spent)) is not None:
+            return _end(waiting, Phase.FINISHED, f"before round {run.round}: {_TAKEN_PART}")
         if _target(spec, run, (*pool, *_declining(run))) is None:
             return waiting, ()
         return _suspend(replace(waiting, reason=f"round {run.round}: {refusals(run)}; `seqfed resume` asks them again"))
@@ -463,11 +484,17 @@ def _asking(run: Run, phase: Phase) -> Run:
 
 def _askable(spec: RunSpec, run: Run) -> tuple[str, ...]:
     """Who may be asked: everybody present and idle who does not rest; if these are too few, those who rest the shortest."""
-    busy = {name for name, _ in run.owing} | {name for name, _ in run.late} | _declining(run)
+    busy = {name for name, _ in run.owing} | {name for name, _ in run.late} | _declining(run) | _spent_out(spec, run)
     until = {name: number for name, _, number in run.missed}
     idle = sorted(run.present - busy, key=lambda name: (max(until.get(name, 0), run.round), name))
     rested = sum(until.get(name, 0) <= run.round for name in idle)
     return tuple(idle[: max(rested, spec.cohort.required)])
+
+
+def _spent_out(spec: RunSpec, run: Run) -> set[str]:
+    """Who has been in as many rounds as the run's noise is made for."""
+    most = None if spec.privacy.dp is None else spec.privacy.dp.participations
+    return set() if most is None else {name for name, count in run.took if count >= most}
 
 
 def _declining(run: Run) -> frozenset[str]:
@@ -489,6 +516,8 @@ def _target(spec: RunSpec, run: Run, pool: tuple[str, ...]) -> int | None:
         busy = {name for name, _ in (*run.owing, *run.late)}
         enough = len(busy.union(pool, run.folded)) >= spec.cohort.needed(spec.asynchronous.buffer)
         return spec.asynchronous.buffer if enough else None
+    if _drawn_secretly(spec):
+        return len(drawn(spec, run)) or None
     size = spec.cohort.size(len(run.present))
     here = len(set(pool) | set(run.folded))
     least = min(spec.cohort.required, spec.cohort.needed(size))  # fewer than those present: some rest, or work already
@@ -500,6 +529,8 @@ def choose(spec: RunSpec, run: Run, pool: Iterable[str]) -> tuple[str, ...]:
 
     It is drawn from (seed, round, attempt) only.
     """
+    if _drawn_secretly(spec):
+        return drawn(spec, run)
     names = sorted(set(pool) - set(run.folded))
     if spec.asynchronous is not None:
         size = spec.asynchronous.concurrency - len(run.owing)
@@ -507,6 +538,30 @@ def choose(spec: RunSpec, run: Run, pool: Iterable[str]) -> tuple[str, ...]:
         size = spec.cohort.asked(run.target, len(names) + len(run.folded)) - len(run.folded)
     draw = generator(spec.seed, run.round, run.attempt + 1, "cohort")
     return tuple(sorted((*run.folded, *_sample(draw, names, size))))
+
+
+def _drawn_secretly(spec: RunSpec) -> bool:
+    """Whether the privacy of a run is reckoned with cohorts that nobody knows."""
+    return spec.privacy.dp is not None and rate(spec) < 1
+
+
+def drawn(spec: RunSpec, run: Run) -> tuple[str, ...]:
+    """Each that is present by itself, with the probability that the run's privacy is reckoned with, from its secret and the round
+    only; drawn again while they are fewer than the quorum.
+    """
+    names = run.present - _declining(run)
+    key, least = bytes.fromhex(run.secret), math.ldexp(rate(spec), 64)
+    for number in range(MOST_DRAWS):
+        found = tuple(
+            sorted(
+                name
+                for name in names
+                if int.from_bytes(hmac.digest(key, f"{run.round}/{number}/{name}".encode(), "sha256")[:8]) < least
+            )
+        )
+        if len(found) >= (spec.cohort.quorum or 1):
+            return found
+    return ()
 
 
 def _sample(draw: Any, names: list[str], size: int) -> list[str]:
@@ -765,7 +820,8 @@ def _masking_ended(spec: RunSpec, run: Run, event: MaskingEnded) -> Step:
         return _close(spec, replace(run, evaluated=()))  # a score is worth no second try
     if run.masks == Phase.MEASURING.value and event.given:
         return _end(run, Phase.FAILED, f"measuring: {event.why}; {NOT_TWICE}")
-    return _give_up(spec, run, event.why, event.missed)
+    opened = run.opened + (event.given and run.masks == Phase.TRAINING.value)
+    return _give_up(spec, replace(run, opened=opened), event.why, event.missed)
 
 
 def _require_number(run: Run, number: int) -> None:
@@ -814,6 +870,16 @@ def _measured(spec: RunSpec, run: Run) -> Step:
     return begun, (*_dismiss((name, run.round) for name in run.pending), *effects)
 
 
+def _took(spec: RunSpec, run: Run) -> tuple[tuple[str, int], ...]:
+    """The rounds that each client has been in, with the one that has just been committed."""
+    if spec.privacy.dp is None or spec.privacy.dp.participations is None:
+        return ()
+    found = dict(run.took)
+    for name in run.folded:
+        found[name] = found.get(name, 0) + 1
+    return tuple(sorted(found.items()))
+
+
 # Committing and evaluating --------------------------------------------------------------------------------------------
 
 
@@ -822,7 +888,7 @@ def _committed(spec: RunSpec, run: Run, event: ModelCommitted) -> Step:
         raise WrongRound(f"round {event.round} was committed while round {run.round} is under way")
     fresh = tuple(one for one in run.owing if run.sum_round - one[1] <= spec.cohort.max_staleness)
     dismissed = _dismiss(one for one in run.owing if one not in fresh)
-    run = replace(run, late=(), owing=fresh)
+    run = replace(run, late=(), owing=fresh, clip=event.clip or run.clip, took=_took(spec, run))
     every = spec.evaluation.every
     due = every > 0 and (run.round % every == 0 or run.round == spec.rounds)
     # After a restart nobody is there yet; the round's own clients will be, or fall silent.
@@ -988,7 +1054,15 @@ def _pause(spec: RunSpec, run: Run, _: PauseRequested) -> Step:
     reason = "paused by the operator; `seqfed resume` lets it go on"
     if Phase.EVALUATING.value in (run.phase.value, run.masks):
         return _close(spec, run, reason)
-    return _suspend(replace(run, reason=reason))
+    if run.masks == Phase.MEASURING.value:
+        return _end(run, Phase.FAILED, f"measuring: paused by the operator meanwhile; {NOT_TWICE}")
+    return _suspend(replace(_in_vain(spec, run), reason=reason))
+
+
+def _in_vain(spec: RunSpec, run: Run) -> Run:
+    """Before a training's masked sum that is under way is dropped, which may have been opened."""
+    lost = run.phase is Phase.COMMITTING or run.masks == Phase.TRAINING.value
+    return replace(run, opened=run.opened + (spec.privacy.secure_aggregation and lost))
 
 
 def _suspend(run: Run) -> Step:
@@ -1001,15 +1075,20 @@ def _resume(_: RunSpec, run: Run, __: ResumeRequested) -> Step:
     return replace(run, phase=Phase.QUEUED, given_up=0, declined=(), reason=""), ()
 
 
-def _stop(_: RunSpec, run: Run, __: StopRequested) -> Step:
-    return _end(run, Phase.STOPPED, "stopped by the operator")
+def _stop(spec: RunSpec, run: Run, _: StopRequested) -> Step:
+    return _end(_in_vain(spec, run), Phase.STOPPED, "stopped by the operator")
 
 
-def _broken(_: RunSpec, run: Run, event: Broken) -> Step:
-    reason = f"round {run.round}, {run.phase.value}: {event.why}"
-    if event.passing:
-        return _suspend(replace(run, reason=f"{reason}; `seqfed resume` tries again"))
-    return _end(run, Phase.FAILED, reason)
+def _budget_spent(_: RunSpec, run: Run, event: BudgetSpent) -> Step:
+    """It ends with what it has: the last model stands, and is worth what was spent."""
+    return _end(run, Phase.FINISHED, f"before round {run.round}: {event.why}")
+
+
+def _broken(spec: RunSpec, run: Run, event: Broken) -> Step:
+    reason, state = f"round {run.round}, {run.phase.value}: {event.why}", _in_vain(spec, run)
+    if event.passing and run.masks != Phase.MEASURING.value:
+        return _suspend(replace(state, reason=f"{reason}; `seqfed resume` tries again"))
+    return _end(state, Phase.FAILED, reason)
 
 
 def _end(run: Run, phase: Phase, reason: str) -> Step:
@@ -1033,7 +1112,7 @@ def _restarted(spec: RunSpec, run: Run, event: Restarted) -> Step:
                 alone = replace(_asking(alone, phase), cohort=cohort)
             return alone, (StartDeadline(spec.cohort.deadline_s), Ask(alone.pending))
         case _ if secure:
-            return _begin_attempt(spec, alone, run.cohort)
+            return _begin_attempt(spec, _in_vain(spec, alone), run.cohort)
         case Phase.COMMITTING if (alone.folded, alone.late) == (run.folded, run.late):
             folds = tuple(Fold(name) for name in (*run.folded, *(name for name, _ in run.late)))
             return replace(alone, attempt=run.attempt + 1), (OpenSum(), *folds, CommitModel())
@@ -1101,6 +1180,7 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[type, Callable[[RunSpec, Run, Any], St
         TaskFailed: _training_failed,
         Silence: _trainer_silent,
         DeadlinePassed: _training_deadline,
+        BudgetSpent: _budget_spent,
         PauseRequested: _pause,
         StopRequested: _stop,
         Broken: _broken,

@@ -8,9 +8,10 @@ import os
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from seqfed.common import wire, wire_masking
 from seqfed.common.config import validate_json
@@ -32,7 +33,7 @@ from seqfed.common.identity import MAX_PEM
 from seqfed.common.layout import BYTES_PER_PARAMETER
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
-from seqfed.common.transfer import CHUNK_BYTES
+from seqfed.common.transfer import CHUNK_BYTES, DIGEST_BYTES
 from seqfed.server import gate
 from seqfed.server.access import Rates
 from seqfed.server.coordinator import Coordinator
@@ -46,6 +47,7 @@ from seqfed.server.store import Signed
 from seqfed.v1 import admin_pb2, admin_pb2_grpc, federation_pb2, federation_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
+M = TypeVar("M", bound=Message)
 
 MAX_SIGNATURE = 256  # bytes; one of P-256 has up to 72
 MAX_REASON = 200  # characters of an operator's words about a revocation
@@ -88,6 +90,12 @@ class Federation(federation_pb2_grpc.FederationServicer):
             raise NotAllowed(f"the session is not one of {identity}")
         return connection
 
+    def _moved(self, run: str, client: str, request: Message | None, reply: M) -> M:
+        """The reply, once it is counted, and the request, unless that was before it could have ended a round."""
+        up = 0 if request is None else wire.framed(request)
+        self._coordinator.moved(run, client, up, wire.framed(reply))
+        return reply
+
     async def Join(self, request: federation_pb2.JoinRequest, context: Context) -> federation_pb2.JoinReply:
         async with refusing(context):
             if request.protocol != wire.PROTOCOL:
@@ -114,24 +122,26 @@ class Federation(federation_pb2_grpc.FederationServicer):
             working = wire.key_from_wire(request.working) if len(request.working.run) == RUN_LETTERS else None
             software = wire.clean(request.software, 64)[:64]
             connection = await self._coordinator.join(name, request.instance, software, schema, working)
+            connection.holds = request.holds[:DIGEST_BYTES]
             return federation_pb2.JoinReply(session=connection.session, spread_s=self._coordinator.spread_s)
 
     async def Listen(
         self, request: federation_pb2.ListenRequest, context: Context
     ) -> AsyncIterator[federation_pb2.Task]:
         async with refusing(context):
-            known = None
-            async with contextlib.aclosing(self._coordinator.hub.listen(self._connection(context).session)) as tasks:
+            known, connection = None, self._connection(context)
+            async with contextlib.aclosing(self._coordinator.hub.listen(connection.session)) as tasks:
                 async for task in tasks:
-                    yield wire.task_to_wire(task, known)
+                    message = wire.task_to_wire(task, known)
                     known = task.spec
+                    self._coordinator.moved(task.key.run, connection.client, down=wire.framed(message))
+                    yield message
 
     async def FetchModel(
         self, request: federation_pb2.FetchModelRequest, context: Context
     ) -> AsyncIterator[federation_pb2.Chunk]:
         async with refusing(context):
-            client = self._connection(context).client
-            model, meter = self._coordinator.model_file(client, request.run, request.version)
+            connection = self._connection(context)
             size = request.chunk_bytes or CHUNK_BYTES
             if not MIN_CHUNK_BYTES <= size <= CHUNK_BYTES or size % BYTES_PER_PARAMETER:
                 raise BrokenTransfer(
@@ -139,20 +149,31 @@ class Federation(federation_pb2_grpc.FederationServicer):
                     f"{BYTES_PER_PARAMETER}, can be had"
                 )
             offset = request.offset
-            for data in model.pieces(offset, size):
+            if request.step:
+                step, meter = self._coordinator.step(connection.client, request.run, request.version)
+                pieces = step.pieces(offset, size)
+            else:
+                model, meter = self._coordinator.model_file(connection.client, request.run, request.version)
+                pieces = model.pieces(offset, size)
+            self._coordinator.moved(request.run, connection.client, up=wire.framed(request))
+            for data in pieces:
                 chunk = federation_pb2.Chunk(offset=offset, data=data)
                 meter(len(data))
+                framed = wire.chunk_bytes(offset, len(data)) + wire.PREFIX_BYTES
+                self._coordinator.moved(request.run, connection.client, down=framed)
                 yield chunk
                 offset += len(data)
+            connection.holds = self._coordinator.digest_of(request.run, request.version)
 
     async def UploadStatus(
         self, request: federation_pb2.UploadStatusRequest, context: Context
     ) -> federation_pb2.UploadStatusReply:
         async with refusing(context):
             client, key = self._connection(context).client, wire.key_from_wire(request.key)
-            complete = self._coordinator.counted(client, key, request.digest)
+            complete = await self._coordinator.has_counted(client, key, request.digest)
             received = self._coordinator.intake.received(client, key.run, request.digest)
-            return federation_pb2.UploadStatusReply(received_bytes=received, complete=complete)
+            reply = federation_pb2.UploadStatusReply(received_bytes=received, complete=complete)
+            return self._moved(key.run, client, request, reply)
 
     async def SubmitUpdate(
         self, request_iterator: AsyncIterator[federation_pb2.SubmitUpdateRequest], context: Context
@@ -160,23 +181,33 @@ class Federation(federation_pb2_grpc.FederationServicer):
         async with refusing(context):
             client = self._connection(context).client
             header, chunks = await _header_and_chunks(request_iterator)
-            duplicate = await self._coordinator.submit_update(client, wire.header_from_wire(header), chunks)
-            return federation_pb2.SubmitUpdateReply(duplicate=duplicate)
+            run, moved = header.key.run, self._coordinator.moved
+            moved(run, client, up=wire.part_bytes(header.ByteSize()))
+
+            async def counted() -> AsyncIterator[tuple[int, bytes]]:
+                async for offset, data in chunks:
+                    moved(run, client, up=wire.part_bytes(wire.chunk_bytes(offset, len(data))))
+                    yield offset, data
+
+            duplicate = await self._coordinator.submit_update(client, wire.header_from_wire(header), counted())
+            return self._moved(run, client, None, federation_pb2.SubmitUpdateReply(duplicate=duplicate))
 
     async def Mask(self, request: federation_pb2.MaskRequest, context: Context) -> federation_pb2.MaskReply:
-        async with refusing(context):
+        async with refusing(context, quietly=LATE):
             key, number, step = wire_masking.request_from_wire(request)
             client = self._connection(context).client
+            self._coordinator.moved(key.run, client, up=wire.framed(request))
             reply, roster = await self._coordinator.mask(client, key, number, step)
-            return wire_masking.reply_to_wire(reply, roster)
+            return self._moved(key.run, client, None, wire_masking.reply_to_wire(reply, roster))
 
     async def SubmitEvaluation(
         self, request: federation_pb2.SubmitEvaluationRequest, context: Context
     ) -> federation_pb2.SubmitEvaluationReply:
         async with refusing(context):
             client, key = self._connection(context).client, wire.key_from_wire(request.key)
+            self._coordinator.moved(key.run, client, up=wire.framed(request))
             duplicate = await self._coordinator.submit_evaluation(client, key, request.version, dict(request.tally))
-            return federation_pb2.SubmitEvaluationReply(duplicate=duplicate)
+            return self._moved(key.run, client, None, federation_pb2.SubmitEvaluationReply(duplicate=duplicate))
 
     async def ReportProgress(
         self, request: federation_pb2.ReportProgressRequest, context: Context
@@ -184,7 +215,7 @@ class Federation(federation_pb2_grpc.FederationServicer):
         async with refusing(context, quietly=LATE):
             client, key = self._connection(context).client, wire.key_from_wire(request.key)
             self._coordinator.progress(client, key, wire.progress_from_wire(request))
-            return federation_pb2.ReportProgressReply()
+            return self._moved(key.run, client, request, federation_pb2.ReportProgressReply())
 
     async def ReportFailure(
         self, request: federation_pb2.ReportFailureRequest, context: Context
@@ -192,8 +223,10 @@ class Federation(federation_pb2_grpc.FederationServicer):
         async with refusing(context, quietly=LATE):
             why = f"{wire.clean(request.reason, 64)}: {wire.clean(request.message, MAX_FAILURE)}"
             key = wire.key_from_wire(request.key)
-            await self._coordinator.report_failure(self._connection(context).client, key, why)
-            return federation_pb2.ReportFailureReply()
+            client = self._connection(context).client
+            self._coordinator.moved(key.run, client, up=wire.framed(request))
+            await self._coordinator.report_failure(client, key, why)
+            return self._moved(key.run, client, None, federation_pb2.ReportFailureReply())
 
     async def Renew(self, request: federation_pb2.RenewRequest, context: Context) -> federation_pb2.Certificate:
         async with refusing(context):
@@ -315,6 +348,10 @@ class Admin(admin_pb2_grpc.AdminServicer):
                 for entry in entries:
                     yield wire.entry_to_wire(entry)
                 after = entries[-1].number
+
+    async def ReportPrivacy(self, request: admin_pb2.ReportPrivacyRequest, context: Context) -> admin_pb2.PrivacyReport:
+        async with refusing(context):
+            return wire.privacy_to_wire(await self._desk.privacy(request.run))
 
     async def ExportModel(
         self, request: admin_pb2.ExportModelRequest, context: Context

@@ -38,6 +38,7 @@ STATUS: Final[Mapping[type[errors.SeqfedError], grpc.StatusCode]] = {
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.ChecksumMismatch: grpc.StatusCode.DATA_LOSS,
     errors.BrokenTransfer: grpc.StatusCode.ABORTED,
+    errors.MalformedPayload: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InvalidName: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NameTaken: grpc.StatusCode.ALREADY_EXISTS,
     errors.UnknownSession: grpc.StatusCode.UNAUTHENTICATED,

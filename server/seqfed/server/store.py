@@ -30,14 +30,15 @@ from seqfed.common.layout import Layout
 from seqfed.common.model import layout_of
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
-from seqfed.common.views import AuditEntry, RoundRecord
-from seqfed.server import audit
+from seqfed.common.views import AuditEntry, LedgerEntry, RoundRecord
+from seqfed.server import audit, steps
 from seqfed.server.audit import Note
 from seqfed.server.copies import Copies
 from seqfed.server.database import Database, open_database
 from seqfed.server.folder import Folder
 from seqfed.server.lease import LEASE, Holder, Lease
 from seqfed.server.round import ENDED, Phase, Run
+from seqfed.server.steps import Step
 
 log = logging.getLogger("seqfed.server")
 
@@ -61,6 +62,11 @@ MODELS = _table("models", ("run", "version"), "data_start", "digest", "file")
 ROUNDS = _table("rounds", ("run", "round"), "record")
 UPDATES = _table("updates", ("run", "client"), "base", "round", "weight", "digest", "tally", "training_seconds")
 CLIENTS = _table("clients", ("client",), "instance", "software", "data_schema", "seen")
+LEDGER = _table(
+    "ledger",
+    ("run", "holder"),
+    *("round", "releases", "unit", "epsilon", "delta", "noise_multiplier", "sampling", "accountant"),
+)
 NONCES = _table("nonces", ("nonce",), "expires")
 REVOKED = _table("revoked", ("client",), "at", "reason")
 
@@ -68,6 +74,7 @@ REVOKED = _table("revoked", ("client",), "at", "reason")
 SET_STATE = RUNS.update().where(RUNS.c.run == sa.bindparam("of")).values(state=sa.bindparam("state"))
 DROP_UPDATE = UPDATES.delete().where(UPDATES.c.run == sa.bindparam("of"), UPDATES.c.client == sa.bindparam("by"))
 DROP_CLIENT = CLIENTS.delete().where(CLIENTS.c.client == sa.bindparam("of"))
+DROP_ENTRY = LEDGER.delete().where(LEDGER.c.run == sa.bindparam("of"), LEDGER.c.holder == sa.bindparam("by"))
 DROP_COUNTED = UPDATES.delete().where(UPDATES.c.run == sa.bindparam("of"), UPDATES.c.round <= sa.bindparam("upto"))
 
 
@@ -94,6 +101,7 @@ class Signed:
 
 
 UNSIGNED: Final = Signed()
+NEW: Final = Run()
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,8 @@ class StoredRun:
     updates: tuple[UpdateRow, ...]
     record: RoundRecord | None  # of the round whose model is committed and being evaluated
     signed: Signed
+    ledger: tuple[LedgerEntry, ...] = ()  # of a run with differential privacy
+    steps: tuple[Step, ...] = ()  # of one with compressed downloads
 
 
 @dataclass(frozen=True)
@@ -159,18 +169,21 @@ class Store:
         signed: Signed = UNSIGNED,
         notes: Sequence[Note] = (),
         require: Callable[[], object] = lambda: None,
+        ledger: Sequence[LedgerEntry] = (),
+        state: Run = NEW,
     ) -> None:
-        """A queued run with its initial model, which lies at model_path(run, 0).
+        """A queued run with its initial model, which lies at model_path(run, 0), and the first entries of its ledger.
 
         `require`: asked when no other writer can come between; what it raises is raised, and there is no run.
         """
         if self._copies is not None:
             self._copies.put(run, model.path)
-        row = {"spec": spec.canonical.decode(), "state": dump_state(Run()), "bytes_up": 0, "bytes_down": 0}
+        row = {"spec": spec.canonical.decode(), "state": dump_state(state), "bytes_up": 0, "bytes_down": 0}
         with self._writing(notes) as connection:
             require()
             connection.execute(RUNS.insert().values(run=run, **row, **vars(signed)))
             _add_model(connection, run, 0, model)
+            _enter(connection, ledger)
 
     def commit(
         self,
@@ -181,13 +194,15 @@ class Store:
         model: ModelFile | None = None,
         record: RoundRecord | None = None,
         notes: Sequence[Note] = (),
+        ledger: Sequence[LedgerEntry] = (),
         **columns: float | int,
     ) -> None:
         """In one transaction: the state, and with it what the event brought.
 
         `updates`: complete and in their files. `model`: the one that the record's round made, in its file; the
         updates that counted up to that round are then done with. `record`: the round's, new or completed. `notes`: what the
-        audit log is to say of it. `columns`: started, ended, bytes_up, bytes_down of the run.
+        audit log is to say of it. `ledger`: entries, in place of their holders'
+        older ones. `columns`: started, ended, bytes_up, bytes_down of the run.
         """
         if model is not None and self._copies is not None:
             self._copies.put(run, model.path)
@@ -203,6 +218,7 @@ class Store:
                 assert record is not None  # `state` may be in the next round already
                 _add_model(connection, run, record.round, model)
                 connection.execute(DROP_COUNTED, {"of": run, "upto": record.round})
+            _enter(connection, ledger)
             if record is not None:
                 _replace(connection, ROUNDS, {"run": run, "round": record.round, "record": json.dumps(vars(record))})
 
@@ -222,7 +238,11 @@ class Store:
         updates = connection.execute(sa.select(UPDATES).where(UPDATES.c.run == row.run)).all()
         state = load_state(row.state)
         open_round = sa.select(ROUNDS.c.record).where(ROUNDS.c.run == row.run, ROUNDS.c.round == state.round)
-        record = connection.execute(open_round).scalar() if state.phase is Phase.EVALUATING else None
+        record = (
+            connection.execute(open_round).scalar()
+            if Phase.EVALUATING.value in (state.phase.value, state.masks)
+            else None
+        )
         return StoredRun(
             run=row.run,
             spec=spec,
@@ -247,7 +267,14 @@ class Store:
             ),
             record=_record(record) if record is not None else None,
             signed=Signed(row.operator or "", bytes(row.signature or b""), bytes(row.certificate or b"")),
+            ledger=_entries(connection, row.run) if spec.privacy.dp is not None else (),
+            steps=self._steps(connection, row.run) if spec.compression.download != "none" else (),
         )
+
+    def _steps(self, connection: sa.Connection, run: str) -> tuple[Step, ...]:
+        query = sa.select(MODELS).where(MODELS.c.run == run).order_by(MODELS.c.version.desc()).limit(steps.MOST + 1)
+        rows = list(reversed(connection.execute(query).all()))
+        return steps.found([(row.version, self._folder.model(run, row.file), bytes(row.digest)) for row in rows])
 
     def _model_file(self, run: str, row: sa.Row[Any], layout: Layout) -> ModelFile:
         return ModelFile(self._folder.model(run, row.file), layout, row.data_start, bytes(row.digest))
@@ -270,6 +297,14 @@ class Store:
         )
         with self._database.reading() as connection:
             return [_record(text) for (text,) in connection.execute(query)]
+
+    def ledger(self) -> dict[str, dict[str, LedgerEntry]]:
+        """The whole ledger of differential privacy, by run and data holder."""
+        found: dict[str, dict[str, LedgerEntry]] = {}
+        with self._database.reading() as connection:
+            for row in connection.execute(sa.select(LEDGER).order_by(LEDGER.c.run, LEDGER.c.holder)).mappings():
+                found.setdefault(row["run"], {})[row["holder"]] = LedgerEntry(**row)
+        return found
 
     # clients
 
@@ -384,9 +419,11 @@ class Store:
 
     # leftovers
 
-    def tidy(self, run: str, version: int, consumed: Sequence[Path]) -> None:
-        """Remove what no restart needs: models before the last two, and the files of updates that a model has."""
-        self._folder.tidy(run, version - 1, consumed)
+    def tidy(self, run: str, version: int, consumed: Sequence[Path], oldest_step: int = 0) -> None:
+        """Remove what no restart needs: models before the last two, payloads before version `oldest_step`, and the files
+        of updates that a model has.
+        """
+        self._folder.tidy(run, version - 1, consumed, oldest_step)
         if self._copies is not None:
             self._copies.tidy(run, version - 1)
 
@@ -500,6 +537,18 @@ def _replace(connection: sa.Connection, table: sa.Table, row: dict[str, Any]) ->
     key = [column == row[column.name] for column in table.primary_key.columns]
     connection.execute(table.delete().where(*key))
     connection.execute(table.insert().values(row))
+
+
+def _enter(connection: sa.Connection, entries: Sequence[LedgerEntry]) -> None:
+    """Into the ledger, in place of what it has of the same runs and holders."""
+    if entries:
+        connection.execute(DROP_ENTRY, [{"of": one.run, "by": one.holder} for one in entries])
+        connection.execute(LEDGER.insert(), [vars(one) for one in entries])
+
+
+def _entries(connection: sa.Connection, run: str) -> tuple[LedgerEntry, ...]:
+    query = sa.select(LEDGER).where(LEDGER.c.run == run).order_by(LEDGER.c.holder)
+    return tuple(LedgerEntry(**row) for row in connection.execute(query).mappings())
 
 
 def _add_model(connection: sa.Connection, run: str, version: int, model: ModelFile) -> None:

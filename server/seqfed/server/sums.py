@@ -12,6 +12,7 @@ from seqfed.common.errors import DuplicateUpdate, WrongRound
 from seqfed.common.masking.agreed import terms_of
 from seqfed.common.masking.messages import Advert, Done, Reply, Request
 from seqfed.common.masking.terms import Purpose
+from seqfed.server import making
 from seqfed.server import round as machine
 from seqfed.server.hub import Hub
 from seqfed.server.intake import Intake
@@ -83,7 +84,22 @@ class Sums:
         def here(client: str) -> bool:
             return self._hub.get(client) is not None
 
-        live.masked = MaskedSum(live.spec, terms, self._trust, here, tell, self._spread())
+        dp, target, noise = live.spec.privacy.dp, live.state.target, None
+        if dp is not None:
+            target = making.denominator(live)
+            if dp.mode == "central":
+                noise = making.noise_of(live.state, tree=dp.mechanism == "ftrl")
+        live.masked = MaskedSum(
+            live.spec,
+            terms,
+            self._trust,
+            here,
+            tell,
+            size=live.layout.size,
+            target=target,
+            noise=noise,
+            spread_s=self._spread(),
+        )
 
     def begin(self, live: Live, clients: tuple[str, ...]) -> None:
         """The phase is over, and these are ready."""
@@ -132,8 +148,7 @@ class Sums:
         if not found.expects(client, header.masked_number, header.digest):
             return True
 
-        def meter(size: int) -> None:
-            live.bytes_up += size
+        def meter(_: int) -> None:
             self._hear(live, client, views.Progress(views.Stage.SENDING))
 
         path, size = self._store.update_path(live.run, header.key.round, client, header.digest), found.vector_bytes

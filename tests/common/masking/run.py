@@ -170,14 +170,12 @@ class Course:
             case _:
                 raise AssertionError(reply)
 
-    def step(
-        self, step: Step, gone: Collection[str] = (), silent: Collection[str] = (), order: Sequence[str] | None = None
-    ) -> None:
+    def step(self, step: Step, gone: Collection[str] = (), silent: Collection[str] = ()) -> None:
         """All members take the step, but those who are gone, and those of whom nothing is heard up to the deadline."""
         assert self.state.step is step
         # a step may end, and the next fail at once, before all have their turn
         messages = {name: self.say(name) for name in self.state.members if name not in gone and name not in silent}
-        for name in order or self.state.members:
+        for name in self.state.members:
             if name in gone:
                 self.take(Left(name, "gone"))
             elif name in messages:

@@ -137,6 +137,7 @@ def test_signature() -> None:
         (8, "ef 01 ff 78 00"),
         (12, "ef1d00 ff8f67 0000"),
         (16, "efcd 0100 ffff 7856 0000"),
+        (18, "efcd0700f0ff3f9e15000000"),
         (20, "efcd1b0000 ffff8f6745 000000"),
         (24, "efcdab 010000 ffffff 785634 000000"),
         (32, "efcdab89 01000000 ffffffff 78563412 00000000"),

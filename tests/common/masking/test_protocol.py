@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,21 +12,38 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.common.masking.run import EVENTS, Course, client_of, masked_sum, names_of, started, terms_for
+from tests.common.masking.run import (
+    EVENTS,
+    Course,
+    Log,
+    client_of,
+    masked_sum,
+    names_of,
+    pinned,
+    signer_of,
+    started,
+    terms_for,
+)
 
 from seqfed.common.errors import DuplicateUpdate, IllegalTransition, MaskingFailed, MaskingRefused, WrongRound
+from seqfed.common.masking import keys
+from seqfed.common.masking.client import Client
 from seqfed.common.masking.messages import (
     OF_KEY,
     OF_SELF,
+    Advert,
     Confirmed,
     Delivery,
     Done,
+    KeyShares,
+    MaskedInput,
     Opening,
     Roster,
     Survivors,
     bitmap,
     members_of,
 )
+from seqfed.common.masking.plan import Plan, advert_statement
 from seqfed.common.masking.server import (
     Answer,
     Confirming,
@@ -37,6 +54,7 @@ from seqfed.common.masking.server import (
     Opened,
     Shared,
     StartStep,
+    State,
     Step,
     StepDeadline,
     answer,
@@ -117,6 +135,7 @@ def test_as_many_may_drop_out_in_any_step_as_the_threshold_leaves(malicious: boo
     failed = masked_sum(terms, names, {step: names[2 : 3 + drops]}).failed
     assert failed is not None
     assert failed.missed == tuple(names[2 : 3 + drops])
+    assert f"{10 - drops} of 11 clients are left, and it needs {11 - drops}" in failed.why
 
 
 def test_a_sum_of_scalars_alone_sends_no_vector() -> None:
@@ -128,8 +147,8 @@ def test_a_sum_of_scalars_alone_sends_no_vector() -> None:
 
 
 def test_beyond_128_clients_each_has_a_few_neighbours() -> None:
-    names = names_of(140)
-    terms = terms_for(140, malicious=False, dim=3, bits=32)
+    names = names_of(129)
+    terms = terms_for(129, malicious=False, dim=3, bits=32)
     gone = {
         Step.SHARING: names[::60],
         Step.MASKING: names[1::60],
@@ -162,6 +181,40 @@ def test_what_a_client_sends_tells_nothing_without_the_others() -> None:
         assert ((bins - 250) ** 2 / 250).sum() < 60
     assert_exact(first)
     assert_exact(second)
+
+
+def inputs_due(given: Collection[str]) -> tuple[State, tuple[Any, ...]]:
+    """A sum of 300 clients at the deadline of its inputs; all have shared, and these have sent theirs."""
+    names = names_of(300)
+    terms = terms_for(300)
+    state = begin(terms, [client_of(terms, name, []).advertise() for name in names])
+    shared = KeyShares({}, b"", {}, b"")
+    masked = MaskedInput(b"", b"", b"")
+    state = replace(
+        state, step=Step.MASKING, shared=dict.fromkeys(names, shared), masked=dict.fromkeys(sorted(given), masked)
+    )
+    return on(state, StepDeadline(Step.MASKING))
+
+
+def test_in_a_large_sum_nobodys_circle_may_be_short_of_its_threshold() -> None:
+    names = names_of(300)
+    state, effects = inputs_due(names)
+    assert effects == (Answer(tuple(names)), StartStep(Step.CONFIRMING))
+    plan = state.plan
+    spare = len(plan.circle(names[0])) - plan.threshold
+    neighbours = plan.neighbours(names[0])
+
+    def without(gone: Collection[str]) -> Fail | None:
+        masked = {name: one for name, one in state.masked.items() if name not in gone}
+        _, effects = on(replace(state, step=Step.MASKING, masked=masked), StepDeadline(Step.MASKING))
+        return next((one for one in effects if isinstance(one, Fail)), None)
+
+    short, few = without(neighbours[: spare + 1]), without(names[:100])
+    assert short is not None
+    assert short.missed == neighbours[: spare + 1]
+    assert f"fewer than {plan.threshold} are left" in short.why
+    assert few is not None
+    assert "200 of 300 clients are left, and it needs 201" in few.why
 
 
 # The server's machine -------------------------------------------------------------------------------------------------
@@ -212,6 +265,20 @@ def test_the_same_again_is_answered_again_and_another_is_refused(step: Step) -> 
     assert answer(over, names[0]) is not None
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_who_is_too_late_is_told_so(step: Step) -> None:
+    names = names_of(7)
+    course = started(terms_for(7), names)
+    for before in STEPS[:step]:
+        course.step(before)
+    message = course.say(names[0])
+    course.step(step, silent=names[:1])
+    with pytest.raises(WrongRound, match=f"'{Step(step + 1).name.lower()}'"):
+        course.take(EVENTS[step](names[0], message))
+    with pytest.raises(WrongRound):
+        answer(course.state, names[0])
+
+
 def test_messages_out_of_their_step_change_nothing() -> None:
     names = names_of(4)
     course = started(terms_for(4), names)
@@ -253,7 +320,13 @@ def test_who_has_left_is_not_waited_for_and_may_come_back() -> None:
     assert course.state.awaited == tuple(names[:3])
     course.take(Shared(names[3], messages[names[3]]))
     assert course.state.awaited == tuple(names)
-    for step in STEPS[1:]:
+    # or before its answer: it is there again with that
+    course.take(Left(names[2], "it lost its connection"))
+    course.take(Masked(names[2], course.say(names[2])))
+    for name in (names[0], names[1], names[3]):
+        course.take(Masked(name, course.say(name)))
+    assert course.state.awaited == tuple(names)
+    for step in STEPS[2:]:
         course.step(step)
     assert course.finished == Finish(tuple(names))
     assert_exact(course)
@@ -284,6 +357,9 @@ def test_a_sum_begins_with_enough_and_with_different_clients() -> None:
         begin(terms, [*adverts, client_of(terms, "more", ["more"]).advertise()])
     with pytest.raises(MaskingFailed, match="same key"):
         begin(terms, [*adverts[:3], replace(adverts[0], client="again")])
+    again = Client(terms, names[0], signer_of("another"), 2, pinned([]), Log().begin).advertise()
+    with pytest.raises(MaskingFailed, match="advertises twice"):
+        begin(terms, [*adverts[:3], again])
 
 
 # The client's order ---------------------------------------------------------------------------------------------------
@@ -339,6 +415,60 @@ def test_the_vector_is_masked_in_place_by_any_number_of_threads() -> None:
     assert vector is not None
     packed, _ = course.clients[names[0]].mask(reply, vector, course.scalars[names[0]], workers=2)
     assert packed == vector.astype("<u2").tobytes()
+
+
+def test_a_step_is_begun_once_also_from_within_it() -> None:
+    names = names_of(3)
+    course = started(terms_for(3), names)
+    client = course.clients[names[0]]
+
+    def again(_: Advert) -> None:
+        client.share(course.state.roster)
+
+    client._trust = again
+    with pytest.raises(MaskingRefused, match="'share' when 'none' is due"):
+        client.share(course.state.roster)
+
+
+def test_what_was_masked_when_the_sum_was_ended_is_not_sent() -> None:
+    """The caller gives up in another thread, and the secrets are gone in the middle of the step."""
+    names = names_of(3)
+    course = started(terms_for(3), names)
+    course.step(Step.SHARING)
+    client = course.clients[names[0]]
+    reply = answer(course.state, names[0])
+    assert isinstance(reply, Delivery)
+
+    class Ending(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            client.wipe()
+            return super().__iter__()
+
+    with pytest.raises(MaskingRefused, match="ended in the course of step 'mask'"):
+        client.mask(reply, np.zeros(11, np.uint16), Ending([1, 2, 3]))
+
+
+def test_nothing_that_is_signed_can_be_taken_for_something_else() -> None:
+    names = names_of(4)
+    said = []
+    for number in (1, 2):
+        terms = terms_for(4, number=number)
+        course = masked_sum(terms, names, {})
+        roster = Roster(tuple(replace(advert, signature=b"") for advert in course.state.roster.adverts))
+        same = replace(started(terms_for(4), names).state.roster.adverts[0], client="same")
+        for plan in (course.state.plan, Plan(terms, roster)):
+            said += (
+                [advert_statement(terms, replace(same, client=name)) for name in names] if plan.roster is roster else []
+            )
+            said += [plan.shares_statement(name, course.state.shared[names[0]]) for name in names]
+            for members in (names, names[1:]):
+                said += [plan.input_statement(name, course.state.masked[names[0]], members) for name in names]
+                said += [plan.survivors_statement(name, plan.agreed(names, members)) for name in names]
+                said += [plan.survivors_statement(name, plan.agreed(members, names[2:])) for name in names]
+    every = [keys.encode(*one) for one in said]
+    assert len(every) == len(set(every)) == 2 * (4 + 2 * 4 * (1 + 2 * 3))
+    bare = Roster(())
+    assert Plan(terms_for(4), bare).hash != Plan(terms_for(5), bare).hash
 
 
 # Secrets --------------------------------------------------------------------------------------------------------------

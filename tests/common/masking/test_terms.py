@@ -122,6 +122,7 @@ def test_the_types_are_unsigned_integers_of_numpy() -> None:
         8: 8,
         12: 16,
         16: 16,
+        18: 32,
         20: 32,
         24: 32,
         32: 32,

@@ -37,6 +37,8 @@ def check_advert(terms: Terms, advert: Advert, trust: Callable[[Advert], None]) 
     """The keys are good ones, signed for these terms; and what `trust` raises."""
     keys.check_public(advert.encryption_key)
     keys.check_public(advert.mask_key)
+    if len({advert.encryption_key, advert.mask_key, advert.identity_key}) < 3:
+        raise MaskingRefused(f"client '{advert.client}' advertises one key twice")
     if not keys.verify(advert.identity_key, advert.signature, *advert_statement(terms, advert)):
         raise MaskingRefused(
             f"client '{advert.client}' has not signed its keys for these terms of masked sum {terms.number}"
@@ -70,7 +72,7 @@ def check_confirm(
     plan: Plan, client: str, message: Confirm, sharers: Collection[str], survivors: Collection[str]
 ) -> None:
     """A signature of these very sharers and survivors."""
-    _check_signed(plan, client, message.signature, plan.survivors_statement(client, sharers, survivors))
+    _check_signed(plan, client, message.signature, plan.survivors_statement(client, plan.agreed(sharers, survivors)))
 
 
 def check_opening(

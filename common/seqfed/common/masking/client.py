@@ -75,10 +75,15 @@ class _Secrets:
     pairs: dict[str, bytes] = field(default_factory=dict)  # and the mask keys
     held: dict[str, bytes] = field(default_factory=dict)  # by owner: its two salted shares
 
-    def forget(self) -> None:
-        """All but what is held of others, and of its own for the opening: it has been shared."""
+    def forget_shared(self) -> None:
+        """All but what is held for the opening."""
         self.encryption = self.mask = self.own = b""
         self.boxes, self.pairs = {}, {}
+
+    def forget(self) -> None:
+        """All: who still has this record, a traceback say, has it empty."""
+        self.forget_shared()
+        self.held = {}
 
 
 class Client:
@@ -115,20 +120,19 @@ class Client:
         self._trust, self._begin = trust, begin
         self._binding, self._certificate = binding, certificate
         self._next = _Next.ADVERTISE
-        self._secrets: _Secrets | None = _Secrets()
+        self._secrets: _Secrets | None = _Secrets()  # None while a step has them
+        self._ended = False
         self._advert: Advert | None = None
         self._plan: Plan  # since `share`
         self._sharers: frozenset[str] = frozenset()
         self._survivors: frozenset[str] = frozenset()
+        self._agreed = b""  # of both
 
     def wipe(self) -> None:
-        """Forget the secrets; every further step is refused."""
+        """Forget the secrets, at the end of the step if one is under way in another thread; every further step is refused."""
+        self._ended, self._next = True, _Next.NONE
         if self._secrets is not None:
-            # whoever still has the record, a traceback say, has it empty
             self._secrets.forget()
-            self._secrets.held = {}
-        self._secrets = None
-        self._next = _Next.NONE
 
     # Step 0 ----------------------------------------------------------------------------------------------------------
 
@@ -157,9 +161,10 @@ class Client:
                 if advert.client != self.name:
                     self._check_advert(advert)
             byname = dict(zip(roster.names, roster.adverts, strict=True))
+            box, pair = keys.agreeing(own.encryption), keys.agreeing(own.mask)
             for name in plan.neighbours(self.name):
-                own.boxes[name] = keys.agree(own.encryption, byname[name].encryption_key)
-                own.pairs[name] = keys.agree(own.mask, byname[name].mask_key)
+                own.boxes[name] = box(byname[name].encryption_key)
+                own.pairs[name] = pair(byname[name].mask_key)
             self._begin(self.terms.run, self.terms.number)
             self._plan = plan
             return self._split(own, plan)
@@ -238,7 +243,7 @@ class Client:
             if vector is not None:
                 prg.threads(vector, *self._masks(own, plan, others, "vector"), workers)
                 packed = packing.pack(vector, self.terms.bits)
-            own.forget()
+            own.forget_shared()
             digest = blake3(packed).digest() if vector is not None else b""
             blank = MaskedInput(small.astype("<u8").tobytes(), digest, b"")
             statement = plan.input_statement(self.name, blank, self._sharers)
@@ -280,8 +285,8 @@ class Client:
             plan = self._plan
             self._check_members(survivors.members, self._sharers, "are in the sum")
             self._survivors = survivors.members
-            statement = plan.survivors_statement(self.name, self._sharers, self._survivors)
-            return Confirm(self._signer.sign(*statement))
+            self._agreed = plan.agreed(self._sharers, self._survivors)
+            return Confirm(self._signer.sign(*plan.survivors_statement(self.name, self._agreed)))
 
     def open(self, confirmed: Confirmed) -> Opening:
         """What takes the masks off the sum; then it knows no secret any more."""
@@ -294,34 +299,42 @@ class Client:
                     f"{signed} clients have signed these survivors, and {plan.quorum} of {len(plan.roster.names)} must: "
                     "the others were told something else, or nothing"
                 )
-            shares = {
-                owner: bytes([OF_SELF]) + text[:SALTED] if owner in self._survivors else bytes([OF_KEY]) + text[SALTED:]
-                for owner, text in own.held.items()
-            }
-            self.wipe()
-            return Opening(shares)
+            return Opening(
+                {
+                    owner: bytes([OF_SELF]) + text[:SALTED]
+                    if owner in self._survivors
+                    else bytes([OF_KEY]) + text[SALTED:]
+                    for owner, text in own.held.items()
+                }
+            )
 
     def _has_signed(self, plan: Plan, name: str, signature: bytes) -> bool:
         if name not in self._survivors:
             return False
         public = plan.roster.adverts[plan.roster.index(name)].identity_key
-        return keys.verify(public, signature, *plan.survivors_statement(name, self._sharers, self._survivors))
+        return keys.verify(public, signature, *plan.survivors_statement(name, self._agreed))
 
     # Every step ------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _step(self, step: _Next) -> Iterator[_Secrets]:
-        """The secrets, for this step; whatever goes wrong in it ends the sum at this client."""
-        own, due = self._secrets, self._next
+        """The secrets, which are this step's alone; whatever goes wrong in it ends the sum at this client."""
+        due, own = self._next, self._secrets
+        self._next, self._secrets = _Next.NONE, None
         try:
             if own is None or due is not step:
                 raise self._refuse(f"step '{step.name.lower()}' when '{due.name.lower()}' is due; each comes once")
-            self._next = _Next.NONE
             yield own
+            if self._ended:
+                raise self._refuse(f"it was ended in the course of step '{step.name.lower()}'")
         except BaseException:
-            self.wipe()
+            self._ended = True
+            if own is not None:
+                own.forget()
             raise
-        self._next = _Next(step + 1)
+        self._next, self._secrets = _Next(step + 1), own
+        if step is _Next.OPEN:
+            self.wipe()
 
     def _check_members(self, members: frozenset[str], among: Collection[str], what: str) -> None:
         if not members.issubset(among):

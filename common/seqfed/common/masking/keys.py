@@ -7,6 +7,7 @@ length, after a label that no other use has. `cryptography` is loaded at the fir
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Final
 
 from seqfed.common.errors import MaskingRefused
@@ -39,20 +40,31 @@ def public_of(seed: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw()
 
 
-def agree(seed: bytes, peer_public: bytes) -> bytes:
-    """The 32 bytes that only the holders of the two keys know.
+def agreeing(seed: bytes) -> Callable[[bytes], bytes]:
+    """With a peer's public key: the 32 bytes that only the holders of the two keys know.
 
-    Raises MaskingRefused if the other's public key is not one: of another length, not in its one canonical encoding, or of
-    so low an order that everybody knows the outcome.
+    For many peers of one key, whose reading costs as much as an exchange. The function raises MaskingRefused if the other's
+    public key is not one: of another length, not in its one canonical encoding, or of so low an order that everybody knows
+    the outcome.
     """
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-    if len(peer_public) != PUBLIC_BYTES or int.from_bytes(peer_public, "little") >= FIELD:
-        raise MaskingRefused(f"a public key is not a number below 2^255 - 19 in {PUBLIC_BYTES} bytes")
-    try:
-        return X25519PrivateKey.from_private_bytes(seed).exchange(X25519PublicKey.from_public_bytes(peer_public))
-    except ValueError:
-        raise MaskingRefused("a public key is of low order: whatever is agreed with it, everybody knows") from None
+    own = X25519PrivateKey.from_private_bytes(seed)
+
+    def agreed(peer_public: bytes) -> bytes:
+        if len(peer_public) != PUBLIC_BYTES or int.from_bytes(peer_public, "little") >= FIELD:
+            raise MaskingRefused(f"a public key is not a number below 2^255 - 19 in {PUBLIC_BYTES} bytes")
+        try:
+            return own.exchange(X25519PublicKey.from_public_bytes(peer_public))
+        except ValueError:
+            raise MaskingRefused("a public key is of low order: whatever is agreed with it, everybody knows") from None
+
+    return agreed
+
+
+def agree(seed: bytes, peer_public: bytes) -> bytes:
+    """`agreeing` with a single peer."""
+    return agreeing(seed)(peer_public)
 
 
 def check_public(public: bytes) -> None:

@@ -3,7 +3,7 @@
 Bit k of number i is bit (i b + k) mod 8 of byte (i b + k) // 8. Eight numbers always end with a byte, so a vector may be packed
 and unpacked in pieces of any multiple of eight numbers.
 
-The widths are all multiples of 4, so groups of numbers fill whole words of 16 bits; each word is made of the one or more
+The widths are all even, so small groups of numbers fill whole words of 16 bits; each word is made of the one or more
 numbers that reach into it, for all groups at once.
 """
 

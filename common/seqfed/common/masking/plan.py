@@ -85,6 +85,9 @@ class Plan:
     def input_statement(self, client: str, message: MaskedInput, sharers: Collection[str]) -> Statement:
         return "input", self.hash, client, bitmap(sharers, self.roster.names), message.scalars, message.digest
 
-    def survivors_statement(self, client: str, sharers: Collection[str], survivors: Collection[str]) -> Statement:
-        names = self.roster.names
-        return "survivors", self.hash, client, bitmap(sharers, names), bitmap(survivors, names)
+    def agreed(self, sharers: Collection[str], survivors: Collection[str]) -> bytes:
+        """What the clients sign each by itself and together must have the same of; two bitmaps of one length."""
+        return bitmap(sharers, self.roster.names) + bitmap(survivors, self.roster.names)
+
+    def survivors_statement(self, client: str, agreed: bytes) -> Statement:
+        return "survivors", self.hash, client, agreed

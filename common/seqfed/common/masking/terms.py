@@ -19,7 +19,15 @@ from seqfed.common.errors import MaskingRefused
 
 VERSION: Final = 1
 GENERATOR: Final = "aes-256-ctr"  # what makes masks of keys (see prg)
-WIDTHS: Final = {8: "u1", 12: "u2", 16: "u2", 20: "u4", 24: "u4", 32: "u4"}  # bits in an upload: type in memory
+WIDTHS: Final = {
+    8: "u1",
+    12: "u2",
+    16: "u2",
+    18: "u4",
+    20: "u4",
+    24: "u4",
+    32: "u4",
+}  # bits in an upload: type in memory
 MAX_DIM: Final = 1 << 33
 MAX_SCALARS: Final = 1 << 17
 DIGEST_BYTES: Final = 32

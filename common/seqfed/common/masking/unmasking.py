@@ -39,7 +39,7 @@ class Unmasking:
 def unmasking(state: State) -> Unmasking | Fail:
     """What takes the masks off the sum. Precondition: the step is DONE.
 
-    Fail if a secret cannot be opened: `missed` is its owner if half or more of its holders dispute it, else these.
+    Fail if a secret cannot be opened: `missed` are its owner and the holders who dispute it.
     """
     plan, disputes = state.plan, list[tuple[str, str]]()
     minus: tuple[list[bytes], list[bytes]] = [], []  # of the vector, of the scalars
@@ -53,15 +53,16 @@ def unmasking(state: State) -> Unmasking | Fail:
         disputes.extend((holder, owner) for holder in wrong)
         if secret is None:
             holders = sum(owner in message.shares for message in state.opened.values())
-            missed = (owner,) if not wrong or 2 * len(wrong) >= holders else wrong
+            missed = tuple(sorted({owner, *wrong}))  # nobody can tell which of them lies
             why = f"masked sum {state.terms.number}: the shares of '{owner}' do not give what it has committed to"
             return Fail(f"{why}; {len(wrong)} of the {holders} that came are disputed", missed)
         if owner in state.masked:
             for place, label in enumerate(("vector", "scalars")):
                 minus[place].append(keys.self_key(secret, plan.hash, label))
             continue
+        agreed = keys.agreeing(secret)
         for name in partners:
-            shared = keys.agree(secret, publics[name])
+            shared = agreed(publics[name])
             for place, label in enumerate(("vector", "scalars")):
                 # of two clients the first has added the mask
                 key = keys.mask_key(shared, plan.hash, owner, name, label)

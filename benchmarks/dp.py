@@ -1,0 +1,199 @@
+"""What differential privacy costs: the accuracy of a character model after the same rounds, over epsilon.
+
+Rounds happen in this process, with the client's own training code, the arithmetic, noise and accounting of the server and of
+clients, but no wire, and no masks, which leave a sum as it is. A client is a piece of 400 characters of a role in
+DIR/shakespeare, or without --data of an author of a generated Markov text, and its piece is all that it has: so epsilon is of
+pieces. 200 are asked each round, and nothing is claimed of sampling. The server's noise (central) and the clients'
+own inside masked sums (distributed, 18 bits a number, all clients counted on) have the same settings, cohorts and batches.
+
+`accuracy` is the share of characters that the last model foretells right, in text that no client has; mean over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.compression import generated, shakespeare
+from benchmarks.harness import machine, tell
+from seqfed.client.data import Sequences
+from seqfed.client.network import Network, network_for, use_threads
+from seqfed.client.training import evaluate, train
+from seqfed.common import metrics
+from seqfed.common.dp import accounting, skellam
+from seqfed.common.dp.noise import fresh_key
+from seqfed.common.layout import Flat, Parameters
+from seqfed.common.masking.agreed import rotation_seed
+from seqfed.common.model import initial_parameters, layout_of
+from seqfed.common.seeds import generator
+from seqfed.common.spec import RunSpec
+from seqfed.server import fedavg, private
+
+PIECE: Final = 400  # characters of a client
+STEPS: Final = 40  # of a sequence
+COHORT: Final = 200
+ROUNDS: Final = 25
+BITS: Final = 18
+CLIP: Final = 2.0
+DELTA: Final = 1e-5
+SCORED: Final = 400  # sequences that models are scored on
+MODES: Final = ("central", "distributed")
+EPSILONS: Final = (None, 10.0, 4.0, 1.0)
+
+
+def spec_of(symbols: int, rounds: int, seed: int, mode: str, epsilon: float | None) -> RunSpec:
+    """Without epsilon, what the run would be with one; nobody is then to add noise."""
+    masked = {"secure_aggregation": True, "min_survivors": COHORT, "b": BITS} if mode == "distributed" else {}
+    return RunSpec.model_validate(
+        {
+            "name": f"{mode}-{epsilon}",
+            "seed": seed,
+            "rounds": rounds,
+            "data": {
+                "vocabulary": [chr(0x4E00 + nth) for nth in range(symbols)],
+                "unit": "characters",
+                "steps": STEPS,
+            },
+            "task": {"kind": "next_token"},
+            "model": {"kind": "lstm", "hidden": 24, "layers": 1, "embedding": 8},
+            "training": {"optimizer": "adam", "learning_rate": 0.03, "batch_size": 5, "steps": 2},
+            "aggregation": {"weighting": "uniform"},
+            "cohort": {"min_clients": COHORT, "count": COHORT},
+            "evaluation": {"every": 0},
+            "privacy": {**masked, "dp": {"mode": mode, "epsilon": epsilon or 10.0, "delta": DELTA, "clip": CLIP}},
+        }
+    )
+
+
+def pieces(texts: Sequence[NDArray[np.int32]], size: int, most: int | None = None) -> list[Sequences]:
+    """Each client's sequences: a piece of a text, of so many characters."""
+    cut = [one[start : start + size + 1] for one in texts for start in range(0, len(one) - size, size)]
+    starts = np.arange(0, size, STEPS)
+    lengths = np.full(len(starts), STEPS)
+    return [Sequences(one, starts, lengths, target="next token") for one in cut[:most]]
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """All that models are trained and scored on."""
+
+    clients: Sequence[Sequences]
+    scored: Sequences
+    symbols: int
+    rounds: int
+
+    def accuracy(self, seed: int, mode: str, epsilon: float | None) -> tuple[float, float | None]:
+        """Of the model after all rounds, and the noise multiplier; without epsilon the updates are clipped alone."""
+        spec = spec_of(self.symbols, self.rounds, seed, mode, epsilon)
+        noise = None if epsilon is None else accounting.noise_multiplier(spec)
+        model, network = initial_parameters(spec).flat, network_for(spec)
+        for round_ in range(1, spec.rounds + 1):
+            cohort = generator(seed, round_, "cohort").choice(len(self.clients), COHORT, replace=False).tolist()
+            updates = (self._update(spec, network, model, client, round_) for client in cohort)
+            model = _next(spec, model, updates, round_, noise)
+        network.load(Parameters(network.layout, model))
+        return metrics.summary(evaluate(network, self.scored, spec))["accuracy"], noise
+
+    def _update(self, spec: RunSpec, network: Network, model: Flat, client: int, round_: int) -> Flat:
+        network.load(Parameters(network.layout, model))
+        train(network, self.clients[client], spec, round_, generator(spec.seed, round_, str(client), "batches"))
+        delta: Flat = network.save().flat - model
+        return delta
+
+
+def _next(spec: RunSpec, model: Flat, updates: Iterable[Flat], round_: int, noise: float | None) -> Flat:
+    """The next model, of clipped updates and their noise."""
+    if noise is not None and spec.privacy.secure_aggregation:
+        how, seed = accounting.mechanism(spec, noise), rotation_seed(spec, round_)
+        masked = np.zeros(how.dim, how.dtype)
+        for one in updates:
+            masked += skellam.encode(one, how, seed, fresh_key())[0]
+        return model + skellam.decode(masked, how, seed, clients=COHORT, target=COHORT)
+    total = fedavg.empty(len(model))
+    for one in updates:
+        fedavg.fold(total, 1, [one], fedavg.shrink(fedavg.norm([one]), CLIP))
+    if noise is not None:
+        private.noise_sum(total, CLIP, noise, COHORT, fresh_key())
+    return np.concatenate(list(fedavg.finish(total, [model])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="the folder that has shakespeare/; without it the text is generated")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--seeds", default="1", help="with commas")
+    parser.add_argument("--out", type=Path, help="append each measured run here, and do none again that stands there")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    given = parser.parse_args()
+    seeds, begun = [int(one) for one in given.seeds.split(",")], time.monotonic()
+    use_threads(1)
+    texts = generated() if given.data is None else shakespeare(given.data / "shakespeare")
+    (scored,) = pieces([texts.held_out], SCORED * STEPS, 1)
+    trial = Trial(pieces(texts.clients, PIECE), scored, texts.symbols, given.rounds)
+    source = "generated" if given.data is None else "shakespeare"
+    results = []
+    for mode, epsilon in itertools.product(MODES, EPSILONS):
+        mine = [_measured(trial, source, seed, mode, epsilon, given.out) for seed in seeds]
+        results.append(
+            {
+                "mode": mode,
+                "epsilon": epsilon,
+                "accuracy": round(float(np.mean([one["accuracy"] for one in mine])), 4),
+                "accuracy_by_seed": [round(one["accuracy"], 4) for one in mine],
+                "noise_multiplier": mine[0]["noise_multiplier"],
+            }
+        )
+    half = len(EPSILONS)
+    gaps = [one["accuracy"] - other["accuracy"] for one, other in zip(results[:half], results[half:], strict=True)]
+    tell(
+        {
+            "results": results,
+            "largest_gap": round(max(map(abs, gaps)), 4),
+            "text": source,
+            "rounds": given.rounds,
+            "cohort": COHORT,
+            "population": len(trial.clients),
+            "params": layout_of(spec_of(texts.symbols, given.rounds, 1, MODES[1], None)).size,
+            "clip": CLIP,
+            "delta": DELTA,
+            "bits": BITS,
+            "seeds": seeds,
+            "seconds": round(time.monotonic() - begun, 1),
+            "machine": machine(),
+        },
+        given.json,
+    )
+
+
+def _measured(
+    trial: Trial, source: str, seed: int, mode: str, epsilon: float | None, out: Path | None
+) -> dict[str, Any]:
+    """A run's figures, read from `out` or trained for. Without noise both modes are the same run."""
+    mode = MODES[0] if epsilon is None else mode
+    same = {"mode": mode, "epsilon": epsilon, "seed": seed, "rounds": trial.rounds, "text": source}
+    lines = out.read_text().splitlines() if out is not None and out.exists() else []
+    for known in map(json.loads, lines):
+        if same.items() <= known.items():
+            return dict(known)
+    begun = time.monotonic()
+    accuracy, noise = trial.accuracy(seed, mode, epsilon)
+    line = same | {"accuracy": accuracy, "noise_multiplier": noise}
+    print(json.dumps({**line, "seconds": round(time.monotonic() - begun, 1)}), file=sys.stderr)
+    if out is not None:
+        with out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    return line
+
+
+if __name__ == "__main__":
+    main()
