@@ -14,21 +14,24 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from benchmarks.compression import generated, shakespeare
 from benchmarks.harness import machine, tell
 from seqfed.client.data import Sequences
-from seqfed.client.network import Network, network_for, use_threads
-from seqfed.client.training import evaluate, train
+from seqfed.client.network import network_for, use_threads
+from seqfed.client.training import evaluate, learning_rate, train
 from seqfed.common import metrics
 from seqfed.common.dp import accounting, skellam
 from seqfed.common.dp.noise import fresh_key
@@ -39,10 +42,12 @@ from seqfed.common.seeds import generator
 from seqfed.common.spec import RunSpec
 from seqfed.server import fedavg, private
 
-PIECE: Final = 400  # characters of a client
+PIECE: Final = 160  # characters of a client
 STEPS: Final = 40  # of a sequence
-COHORT: Final = 200
-ROUNDS: Final = 25
+COHORT: Final = 1000
+ROUNDS: Final = 40
+EPOCHS: Final = 2
+AT_ONCE: Final = 250  # clients trained in one graph
 BITS: Final = 18
 CLIP: Final = 2.0
 DELTA: Final = 1e-5
@@ -66,7 +71,7 @@ def spec_of(symbols: int, rounds: int, seed: int, mode: str, epsilon: float | No
             },
             "task": {"kind": "next_token"},
             "model": {"kind": "lstm", "hidden": 24, "layers": 1, "embedding": 8},
-            "training": {"optimizer": "adam", "learning_rate": 0.03, "batch_size": 5, "steps": 2},
+            "training": {"optimizer": "adam", "learning_rate": 0.03, "batch_size": PIECE // STEPS, "epochs": EPOCHS},
             "aggregation": {"weighting": "uniform"},
             "cohort": {"min_clients": COHORT, "count": COHORT},
             "evaluation": {"every": 0},
@@ -99,16 +104,73 @@ class Trial:
         model, network = initial_parameters(spec).flat, network_for(spec)
         for round_ in range(1, spec.rounds + 1):
             cohort = generator(seed, round_, "cohort").choice(len(self.clients), COHORT, replace=False).tolist()
-            updates = (self._update(spec, network, model, client, round_) for client in cohort)
-            model = _next(spec, model, updates, round_, noise)
+            model = _next(spec, model, self.updates(spec, model, cohort, round_), round_, noise)
         network.load(Parameters(network.layout, model))
         return metrics.summary(evaluate(network, self.scored, spec))["accuracy"], noise
 
-    def _update(self, spec: RunSpec, network: Network, model: Flat, client: int, round_: int) -> Flat:
-        network.load(Parameters(network.layout, model))
-        train(network, self.clients[client], spec, round_, generator(spec.seed, round_, str(client), "batches"))
-        delta: Flat = network.save().flat - model
-        return delta
+    def updates(self, spec: RunSpec, model: Flat, cohort: Sequence[int], round_: int) -> Iterator[Flat]:
+        for at in range(0, len(cohort), AT_ONCE):
+            rows = [self.clients[client].rows for client in cohort[at : at + AT_ONCE]]
+            yield from trained(spec, model, np.stack(rows).astype(np.int64), round_)
+
+    def require_alike(self) -> None:
+        """Exit unless clients trained together become what each does in the client's own training."""
+        spec = spec_of(self.symbols, self.rounds, 1, MODES[0], None)
+        model, network = initial_parameters(spec).flat, network_for(spec)
+        for client, together in enumerate(self.updates(spec, model, range(3), 1)):
+            network.load(Parameters(network.layout, model))
+            train(network, self.clients[client], spec, 1, generator(1))
+            alone = network.save().flat - model
+            if float(np.linalg.norm(alone - together)) > 1e-3 * float(np.linalg.norm(alone)):
+                raise SystemExit(f"client {client} trained among others is not what it is alone")
+
+
+def trained(spec: RunSpec, model: Flat, rows: NDArray[np.int64], round_: int) -> NDArray[np.float32]:
+    """Each client's update, of all its sequences a step: one graph over copies of the model, (clients, parameters), since most of
+    the time of so small a training is Python's.
+
+    rows: (clients, characters + 1). Adam goes by single numbers, so no client's training touches another's.
+    """
+    shapes, settings = layout_of(spec).tensors, spec.training
+    copies = torch.from_numpy(np.repeat(model[np.newaxis], len(rows), 0)).requires_grad_()
+    optimizer = torch.optim.Adam([copies], learning_rate(settings, round_, spec.rounds))
+    tokens = torch.from_numpy(rows)
+    read, foretold = (part.reshape(len(rows), -1, STEPS) for part in (tokens[:, :-1], tokens[:, 1:]))
+    for _ in range(settings.epochs or 1):
+        optimizer.zero_grad()
+        parts = copies.split([math.prod(shape) for _, shape in shapes], dim=1)
+        tensors = [one.view(len(rows), *shape) for one, (_, shape) in zip(parts, shapes, strict=True)]
+        logits = _forward(*tensors, read)  # pyright: ignore[reportCallIssue]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), foretold.flatten(), reduction="sum")
+        (loss / foretold[0].numel()).backward()  # type: ignore[no-untyped-call]  # as torch has it
+        optimizer.step()
+    found: NDArray[np.float32] = copies.detach().numpy() - model
+    return found
+
+
+def _forward(
+    embedding: Tensor,
+    into: Tensor,
+    again: Tensor,
+    bias: Tensor,
+    other: Tensor,
+    head: Tensor,
+    shift: Tensor,
+    read: Tensor,
+) -> Tensor:
+    """The network's logits, one of each client: an LSTM between an embedding and a linear layer."""
+    clients, sequences, steps = read.shape
+    first = torch.arange(clients).view(-1, 1, 1) * embedding.shape[1]
+    seen = embedding.flatten(0, 1)[read + first].flatten(1, 2)
+    gates = torch.baddbmm((bias + other).unsqueeze(1), seen, into.mT).view(clients, sequences, steps, -1)
+    hidden = cell = gates.new_zeros(clients, sequences, again.shape[2])
+    told = []
+    for step in range(steps):
+        i, f, g, o = (gates[:, :, step] + hidden @ again.mT).chunk(4, -1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        hidden = o.sigmoid() * cell.tanh()
+        told.append(hidden)
+    return torch.baddbmm(shift.unsqueeze(1), torch.stack(told, 2).flatten(1, 2), head.mT)
 
 
 def _next(spec: RunSpec, model: Flat, updates: Iterable[Flat], round_: int, noise: float | None) -> Flat:
@@ -140,6 +202,7 @@ def main() -> None:
     texts = generated() if given.data is None else shakespeare(given.data / "shakespeare")
     (scored,) = pieces([texts.held_out], SCORED * STEPS, 1)
     trial = Trial(pieces(texts.clients, PIECE), scored, texts.symbols, given.rounds)
+    trial.require_alike()
     source = "generated" if given.data is None else "shakespeare"
     results = []
     for mode, epsilon in itertools.product(MODES, EPSILONS):

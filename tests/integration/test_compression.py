@@ -285,7 +285,7 @@ async def test_whether_an_update_counted_is_asked_where_the_answer_was_lost(
         return found
 
     class Marked(Formula):
-        def train(self, *given: Any) -> LocalUpdate:
+        def train(self, *given: Any) -> LocalUpdate:  # pyright: ignore[reportIncompatibleMethodOverride]
             return replace(super().train(*given), weight=7)
 
     monkeypatch.setattr(Connection, "submit_update", unheard)

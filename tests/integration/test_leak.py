@@ -80,7 +80,7 @@ def trained(spec: RunSpec, data: Sequences, flat: Flat, round_: int = 1, name: s
 def letters_in(data: Sequences) -> NDArray[np.bool_]:
     """Which tokens the network reads; the last of a row is only foretold."""
     found = np.zeros(27, bool)
-    found[data.rows.reshape(-1, 13)[:, :12].ravel()] = True
+    found[data.rows.reshape(-1, 13)[:, :12].ravel().astype(np.intp)] = True
     return found
 
 
@@ -233,4 +233,4 @@ def test_a_canary_is_found_as_often_as_epsilon_allows_and_without_noise_always()
     assert bound < claimed
     # the attack is the best there is: through the noise, too, it finds as many as it can (0.28, within 4.9 deviations)
     best = 2 * stats.norm.cdf(math.sqrt(ROUNDS) / multiplier / 2) - 1
-    assert advantage_ == pytest.approx(best, abs=stats.norm.isf(WORST / 2) * math.sqrt(0.5 / RUNS))
+    assert advantage_ == pytest.approx(best, abs=float(stats.norm.isf(WORST / 2)) * math.sqrt(0.5 / RUNS))

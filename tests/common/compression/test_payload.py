@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from seqfed.common.compression import NAMES, Codec, Key, decode, encode, header, largest, pieces, topk
 from seqfed.common.errors import (
@@ -44,7 +46,7 @@ def whole(payload: bytes | memoryview, layout: Layout, codec: Codec, key: Key = 
     return np.concatenate([np.empty(0, np.float32), *decode(payload, layout, key, codec)])
 
 
-def length(numbers: Flat) -> float:
+def length(numbers: NDArray[np.floating[Any]]) -> float:
     return float(np.linalg.norm(numbers.astype(np.float64)))
 
 

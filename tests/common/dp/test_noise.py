@@ -96,7 +96,7 @@ def test_the_tails_are_there() -> None:
     found = np.abs(drawn(gaussian(1e6), "tails", size=4_000_000))
     for far in (3.0, 4.0, 4.5):
         beyond = int((found > far * 1e6).sum())
-        assert stats.binomtest(beyond, len(found), 2 * stats.norm.sf(far)).pvalue > WORST
+        assert stats.binomtest(beyond, len(found), 2 * float(stats.norm.sf(far))).pvalue > WORST
 
 
 @pytest.mark.parametrize("law", [gaussian(2.0**36), skellam(1e11), skellam(4e6)], ids=str)

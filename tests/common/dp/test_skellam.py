@@ -115,7 +115,9 @@ def test_the_sums_noise_is_skellam_from_the_fewest_survivors_to_all(clients: int
     variance = mechanism.client_variance * clients
     assert variance >= mechanism.variance * (1 - 1e-12)
     z = stats.norm.isf(WORST / 2)
-    assert np.mean(total.astype(float) ** 2) == pytest.approx(variance, rel=z * math.sqrt((2 + 1 / variance) / 60_000))
+    assert np.mean(total.astype(float) ** 2) == pytest.approx(
+        variance, rel=float(z * math.sqrt((2 + 1 / variance) / 60_000))
+    )
     edge = math.ceil(10 * math.sqrt(variance))
     far = np.arange(-edge, edge + 1)
     chances = special.ive(np.abs(far).astype(float), variance)
@@ -134,7 +136,7 @@ def test_clients_noise_is_independent() -> None:
     between = np.corrcoef(rows)[np.triu_indices(8, 1)]
     assert np.abs(between).max() <= stats.norm.isf(WORST / 2 / len(between)) / math.sqrt(60_000)
     sums = rows.sum(0)
-    assert sums.var() == pytest.approx(8 * mechanism.client_variance, rel=z * math.sqrt(2 / 60_000))
+    assert sums.var() == pytest.approx(8 * mechanism.client_variance, rel=float(z * math.sqrt(2 / 60_000)))
 
 
 @pytest.mark.parametrize("bits", [16, 18, 24])
