@@ -138,9 +138,9 @@ def trained(spec: RunSpec, model: Flat, rows: NDArray[np.int64], round_: int) ->
     read, foretold = (part.reshape(len(rows), -1, STEPS) for part in (tokens[:, :-1], tokens[:, 1:]))
     for _ in range(settings.epochs or 1):
         optimizer.zero_grad()
-        parts = copies.split([math.prod(shape) for _, shape in shapes], dim=1)
+        parts = torch.split(copies, [math.prod(shape) for _, shape in shapes], dim=1)
         tensors = [one.view(len(rows), *shape) for one, (_, shape) in zip(parts, shapes, strict=True)]
-        logits = _forward(*tensors, read)  # pyright: ignore[reportCallIssue]
+        logits = _forward(read, tensors)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), foretold.flatten(), reduction="sum")
         (loss / foretold[0].numel()).backward()  # type: ignore[no-untyped-call]  # as torch has it
         optimizer.step()
@@ -148,25 +148,17 @@ def trained(spec: RunSpec, model: Flat, rows: NDArray[np.int64], round_: int) ->
     return found
 
 
-def _forward(
-    embedding: Tensor,
-    into: Tensor,
-    again: Tensor,
-    bias: Tensor,
-    other: Tensor,
-    head: Tensor,
-    shift: Tensor,
-    read: Tensor,
-) -> Tensor:
+def _forward(read: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """The network's logits, one of each client: an LSTM between an embedding and a linear layer."""
+    embedding, into, again, bias, other, head, shift = tensors
     clients, sequences, steps = read.shape
     first = torch.arange(clients).view(-1, 1, 1) * embedding.shape[1]
     seen = embedding.flatten(0, 1)[read + first].flatten(1, 2)
     gates = torch.baddbmm((bias + other).unsqueeze(1), seen, into.mT).view(clients, sequences, steps, -1)
     hidden = cell = gates.new_zeros(clients, sequences, again.shape[2])
     told = []
-    for step in range(steps):
-        i, f, g, o = (gates[:, :, step] + hidden @ again.mT).chunk(4, -1)
+    for gate in gates.unbind(2):
+        i, f, g, o = (gate + hidden @ again.mT).chunk(4, -1)
         cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
         hidden = o.sigmoid() * cell.tanh()
         told.append(hidden)

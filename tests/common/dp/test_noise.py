@@ -51,7 +51,7 @@ LAWS = [
 ]
 
 
-@pytest.mark.parametrize(("law", "exact"), LAWS, ids=str)
+@pytest.mark.parametrize(("law", "exact"), LAWS, ids=[str(law) for law, _ in LAWS])
 def test_numbers_come_as_often_as_the_law_says(law: Law, exact: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
     """Pearson's chi square over cells of about equal probability, the outermost open to the far."""
     found = drawn(law, "often", str(law.std))
