@@ -64,6 +64,7 @@ class Part:
         self._masked = header.masked_number > 0  # then it looks like noise, and any would
         self.lock = asyncio.Lock()
         self.dropped = False
+        self.placed: Path | None = None  # where the whole of it lies
         self.done = False
         self._file: IO[bytes] | None = None
 
@@ -134,6 +135,7 @@ class Part:
         try:
             self.close()
             self.path.replace(final)
+            self.placed = final
         except OSError as error:
             raise storage_error(error, "keeping an update") from error
         self.done = True
@@ -159,6 +161,9 @@ class Part:
         self.dropped = True
         if not self.lock.locked():
             self.remove()
+            if self.placed is not None:  # whole, and its call cut off before it counted
+                with contextlib.suppress(OSError):
+                    self.placed.unlink(missing_ok=True)
 
     def remove(self) -> None:
         self.close()

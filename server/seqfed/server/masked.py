@@ -186,6 +186,12 @@ class MaskedSum:
         """A client's vector is whole."""
         self._vectors.setdefault(client, vector)
 
+    def left_over(self, client: str, path: Path) -> None:
+        """Remove a vector's file unless it is the one that is still to be added."""
+        known = self._vectors.get(client)
+        if self._over or known is None or known.path != path or client in self._folded:
+            _remove(path)
+
     @property
     def vector_bytes(self) -> int:
         return packing.packed_bytes(self.terms.dim, self.terms.bits)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final, Protocol
 
 from seqfed.common import views
-from seqfed.common.errors import DuplicateUpdate, WrongRound
+from seqfed.common.errors import DuplicateUpdate, SeqfedError, WrongRound
 from seqfed.common.masking.agreed import terms_of
 from seqfed.common.masking.messages import Advert, Done, Reply, Request
 from seqfed.common.masking.terms import Purpose
@@ -153,8 +153,13 @@ class Sums:
 
         path, size = self._store.update_path(live.run, header.key.round, client, header.digest), found.vector_bytes
         await self._intake.receive(client, header, live.layout, 0, 1, path, chunks, meter, vector_bytes=size)
-        if not found.expects(client, header.masked_number, header.digest):
-            return True
+        try:
+            if not found.expects(client, header.masked_number, header.digest):
+                found.left_over(client, path)
+                return True
+        except SeqfedError:  # the sum has ended, or gone on without it, while the vector came
+            found.left_over(client, path)
+            raise
         found.received(client, Vector(path, header.digest, header.training_seconds))
         return False
 
