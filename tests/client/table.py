@@ -147,7 +147,7 @@ def party(name: str, folder: Path, pinned: dict[str, bytes] | None = None, min_c
     """A client with a key of its own in folder/name, that knows these keys; None: nobody's."""
     place = folder / name
     signer = own_key(place)
-    return Masking(name, signer, Trust((name, signer.public), None, pinned), Log(place), None, min_cohort)
+    return Masking(name, signer, Trust((name, signer), None, pinned), Log(place), None, min_cohort)
 
 
 def parties(folder: Path, *names: str, min_cohort: int | None = None) -> dict[str, Masking]:

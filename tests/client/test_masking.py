@@ -19,13 +19,15 @@ from seqfed.common import authority, identity
 from seqfed.common.authority import Authority
 from seqfed.common.errors import ConfigError, InvalidName, MaskingRefused, PolicyRefused, StorageError
 from seqfed.common.identity import Credentials, Role
+from seqfed.common.masking.keys import Signer
 from seqfed.common.masking.messages import Advert, Done, Reply, Survivors
 from seqfed.common.masking.trust import bind
 from seqfed.common.views import TaskKey, TaskKind
 
 NOW = identity.now()
 KEY_OF_RUN = TaskKey("0123456789abcdef", 1, 1)
-MINE, YOURS, THEIRS = (bytes([letter]) * 32 for letter in b"mot")
+OWN = Signer(b"m" * 32)
+MINE, YOURS, THEIRS = OWN.public, b"o" * 32, b"t" * 32
 NAMES = ("anna", "bert", "cleo", "dora")
 SPEC = secure_spec()
 
@@ -74,14 +76,14 @@ def test_a_key_that_others_could_have_read_or_that_is_damaged_is_not_used(tmp_pa
 
 
 def test_a_key_that_is_bound_to_a_certificate_is_its_clients(ca: Authority, bert: Credentials) -> None:
-    trust = Trust(("anna", MINE), ca.pem)
+    trust = Trust(("anna", OWN), ca.pem)
     assert trust.knows
     for _ in range(2):
         trust(certified("bert", YOURS, bert))
 
 
 def test_after_a_renewal_the_new_certificate_counts(ca: Authority, bert: Credentials) -> None:
-    trust = Trust(("anna", MINE), ca.pem)
+    trust = Trust(("anna", OWN), ca.pem)
     trust(certified("bert", YOURS, bert))
     public = identity.load_key(bert.key, "it").public_key()
     newer = ca.issue(Role.CLIENT, "bert", public, now=NOW + timedelta(minutes=1))
@@ -117,7 +119,7 @@ def test_any_other_key_is_refused(case: str, known: bool, ca: Authority, bert: C
         "no binding": replace(good, binding=b""),
         "no certificate at all": replace(good, certificate=b"x"),
     }[case]
-    trust = Trust(("anna", MINE), ca.pem)
+    trust = Trust(("anna", OWN), ca.pem)
     if known:
         trust(good)
     with pytest.raises(MaskingRefused, match=CASES[case]):
@@ -128,7 +130,7 @@ def test_any_other_key_is_refused(case: str, known: bool, ca: Authority, bert: C
 
 def test_what_was_verified_ends_with_its_certificate(ca: Authority, bert: Credentials) -> None:
     clock: list[datetime] = [NOW]
-    trust = Trust(("anna", MINE), ca.pem, clock=lambda: clock[0])
+    trust = Trust(("anna", OWN), ca.pem, clock=lambda: clock[0])
     shown = certified("bert", YOURS, bert)
     trust(shown)
     clock[0] += timedelta(days=11)
@@ -137,14 +139,14 @@ def test_what_was_verified_ends_with_its_certificate(ca: Authority, bert: Creden
 
 
 def test_a_list_is_believed_and_nothing_beside_it(ca: Authority, bert: Credentials) -> None:
-    trust = Trust(("anna", MINE), None, {"bert": YOURS})
+    trust = Trust(("anna", OWN), None, {"bert": YOURS})
     assert trust.knows
     trust(advert("bert", YOURS))
     with pytest.raises(MaskingRefused, match="the masking key of 'bert' is not the one in this client's list"):
         trust(advert("bert", THEIRS))
     with pytest.raises(MaskingRefused, match="the masking key of 'eve' is not in this client's list"):
         trust(advert("eve", THEIRS))
-    both = Trust(("anna", MINE), ca.pem, {"bert": YOURS})
+    both = Trust(("anna", OWN), ca.pem, {"bert": YOURS})
     both(certified("bert", YOURS, bert))
     with pytest.raises(MaskingRefused, match="comes without a certificate"):
         both(advert("bert", YOURS))
@@ -154,7 +156,7 @@ def test_a_list_is_believed_and_nothing_beside_it(ca: Authority, bert: Credentia
 
 @pytest.mark.parametrize("pinned", [None, {"anna": THEIRS}, {}])
 def test_nobody_else_is_this_client(pinned: dict[str, bytes] | None) -> None:
-    trust = Trust(("anna", MINE), None, pinned)
+    trust = Trust(("anna", OWN), None, pinned)
     trust(advert("anna", MINE))
     with pytest.raises(MaskingRefused, match="another masking key for 'anna', which is this client"):
         trust(advert("anna", THEIRS))

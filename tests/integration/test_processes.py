@@ -79,7 +79,7 @@ def test_ctrl_c_ends_every_process_of_the_demo(tmp_path: Path, number: signal.Si
     assert "Traceback" not in (tmp_path / "out").read_text()
 
 
-def test_an_idle_client_is_small_and_has_no_torch(cluster: Cluster) -> None:
+def test_an_idle_client_is_small_and_has_no_torch_nor_without_tls_cryptography(cluster: Cluster) -> None:
     cluster.start_client("idle", some_sequences(20, 1))
     deadline = time.monotonic() + 60
     while not json.loads(seqfed("clients", "--server", cluster.address, "--json").stdout):
@@ -88,6 +88,8 @@ def test_an_idle_client_is_small_and_has_no_torch(cluster: Cluster) -> None:
         process = psutil.Process(cluster.started.pid(name))
         assert process.memory_info().rss < megabytes * 1e6
         assert not [one.path for one in process.memory_maps() if "libtorch" in one.path]
+    idle = psutil.Process(cluster.started.pid("idle"))
+    assert not [one.path for one in idle.memory_maps() if "cryptography" in one.path]
 
 
 @pytest.mark.parametrize(

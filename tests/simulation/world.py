@@ -449,7 +449,7 @@ class World:
         self._logs.append(log)
         signer = self._signers[name]
         pinned = {one: known.public for one, known in self._signers.items()}
-        return Masking(name, signer, Trust((name, signer.public), None, pinned), log)
+        return Masking(name, signer, Trust((name, signer), None, pinned), log)
 
     @contextlib.asynccontextmanager
     async def dial(self, address: str, insecure: bool) -> AsyncIterator[Any]:

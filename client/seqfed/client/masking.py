@@ -80,12 +80,12 @@ def line(name: str, public: bytes) -> str:
 class Trust:
     """Raises MaskingRefused for an advertisement whose key is not known to be that client's.
 
-    own: this client's name and key. ca: PEM. pinned: keys by client. clock: the time in UTC.
+    own: this client's name and its key. ca: PEM. pinned: keys by client. clock: the time in UTC.
     """
 
     def __init__(
         self,
-        own: tuple[str, bytes],
+        own: tuple[str, Signer],
         ca: bytes | None = None,
         pinned: Mapping[str, bytes] | None = None,
         clock: Callable[[], datetime] = identity.now,
@@ -104,7 +104,7 @@ class Trust:
     def __call__(self, advert: Advert) -> None:
         name, key = advert.client, advert.identity_key
         if name == self._own[0]:
-            if key != self._own[1]:
+            if key != self._own[1].public:
                 raise MaskingRefused(
                     f"the server shows another masking key for '{name}', which is this client, than its own"
                 )
@@ -224,5 +224,5 @@ def masking_of(
     """By a client's name, state folder, credentials folder and peers.toml; raises ConfigError, InvalidName, StorageError."""
     signer = own_key(state)
     ca = None if credentials is None else identity.load_credentials(credentials).ca
-    trust = Trust((name, signer.public), ca, None if peers is None else load_peers(peers))
+    trust = Trust((name, signer), ca, None if peers is None else load_peers(peers))
     return Masking(name, signer, trust, Log(state), credentials, min_cohort)

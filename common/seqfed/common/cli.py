@@ -60,8 +60,8 @@ class Branching(TyperCommand):
         return dict(made.commands)
 
 
-def build() -> typer.Typer:
-    """The root command with everything that the installed packages register."""
+def build(wanted: str | None = None) -> typer.Typer:
+    """The root command with everything that the installed packages register, or with the wanted one alone if there is it."""
     app = typer.Typer(
         help="Federated learning for sequence models. Start with: seqfed demo",
         no_args_is_help=True,
@@ -71,7 +71,8 @@ def build() -> typer.Typer:
     )
     app.callback()(_root)
     points = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
-    found = [name for name in points if "." not in name]
+    above = [name for name in points if "." not in name]
+    found = [wanted] if wanted in above else above
     known = [name for name in ORDER if name in found]
     for name in (*known, *sorted(set(found) - set(known))):
         command = points[name].load()
@@ -102,7 +103,7 @@ def main() -> None:
     """Run a command; a refusal is one line on standard error and exit status 1."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our own one line says what gRPC's log would say in three
     try:
-        build()()
+        build(sys.argv[1] if len(sys.argv) > 1 else None)()
     except SeqfedError as error:
         print(f"seqfed: {error}", file=sys.stderr)
         raise SystemExit(1) from None

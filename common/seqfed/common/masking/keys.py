@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Final
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from seqfed.common.errors import MaskingRefused
 
@@ -133,13 +137,21 @@ def commit_secret(ctx: bytes, kind: str, owner: str, secret: bytes) -> bytes:
 
 
 class Signer:
-    """A client's masking identity: an Ed25519 key, from its 32 private bytes."""
+    """A client's masking identity: an Ed25519 key, from its 32 private bytes, made when it is first used."""
 
     def __init__(self, private: bytes) -> None:
+        self._private = lambda: private  # which no repr shows
+
+    @cached_property
+    def _key(self) -> Ed25519PrivateKey:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-        self._key = Ed25519PrivateKey.from_private_bytes(private)
-        self.public: Final = self._key.public_key().public_bytes_raw()
+        return Ed25519PrivateKey.from_private_bytes(self._private())
+
+    @cached_property
+    def public(self) -> bytes:
+        """32 bytes."""
+        return self._key.public_key().public_bytes_raw()
 
     def sign(self, label: str, *parts: str | bytes) -> bytes:
         """The signature (64 bytes) over the parts, for the use that the label names."""
