@@ -107,7 +107,7 @@ class Turns:
             **found,
             "ratio": round(found["masked_round_ms"] / found["plain_round_ms"], 3),
             "rounds": len(self.history["masked"]),
-            "upload_bytes_per_param": round(max(sent), 4),
+            "counted_bytes_per_param": round(max(sent), 4),
             "max_abs_error": error,
             "server_peak_mb": round(self.peak_mb, 1),
         }
@@ -271,7 +271,7 @@ def one_sum(spec: RunSpec, maskings: list[Masking], ca: bytes, number: int, leav
     layout, key = layout_of(spec), TaskKey(16 * "0", 1, 1)
     terms = agreed.terms_of(spec, key, Purpose.TRAIN, number, len(maskings), bytes(32), b"", layout.size)
     halves = {one.name: one.begin(spec, terms) for one in maskings}
-    sent = Counter[str]()
+    sent, vectors = Counter[str](), set[int]()
     spent: dict[str, dict[str, float]] = {"share": {}, "mask": {}, "unmask": {}}
     total = np.zeros(terms.dim, terms.dtype)
 
@@ -304,6 +304,7 @@ def one_sum(spec: RunSpec, maskings: list[Masking], ca: bytes, number: int, leav
     for name, half in halves.items():
         delivery, vector = _due(Delivery, state, name), np.zeros(terms.dim, terms.dtype)
         packed, message = timed("mask", name, half.mask, delivery, vector, [1] * terms.scalars)
+        vectors.add(len(packed))
         sent[name] += _upload_bytes(layout.digest, key, number, packed)
         total += packing.unpack(packed, terms.bits, terms.dim, terms.dtype)
         take(server.Masked(name, message))
@@ -329,6 +330,7 @@ def one_sum(spec: RunSpec, maskings: list[Masking], ca: bytes, number: int, leav
         "unmask_client_ms": round(statistics.median(spent["unmask"].values()), 1),
         "unmask_server_ms": round(cpu, 1),
         "unmask_server_wall_ms": round(wall, 1),
+        "upload_bytes_per_param": round(max(vectors) / layout.size, 4),
         "messages_bytes_per_param": round(max(sent.values()) / terms.dim, 4),
     }
 
