@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
+from seqfed.common.dp import accounting
 from seqfed.common.dp.noise import derived
 from seqfed.common.dp.skellam import Mechanism, encode
 from seqfed.common.fixedpoint import SCALE
@@ -135,6 +136,12 @@ def test_the_clips_count_has_the_noise_it_pays_for() -> None:
 def test_a_clip_stays_within_measure() -> None:
     assert private.next_clip(1e-6, 1000, 1000, 1000, KEY) == private.LOWEST
     assert private.next_clip(1e6, 0, 1000, 1000, KEY) == private.HIGHEST
+
+
+def test_the_loudest_noise_of_a_run_fits_a_sum() -> None:
+    sum_ = folded([], accounting.LOUDEST)
+    private.noise_sum(sum_, accounting.LOUDEST, 1.0, 10, KEY)
+    assert deviation_is(sum_.total.astype(np.float64), accounting.LOUDEST * SCALE)
 
 
 def test_noise_that_does_not_fit_the_sums_numbers_is_refused() -> None:

@@ -59,7 +59,8 @@ def parts(live: Live) -> Iterator[Flat]:
         assert clip is not None
         if dp.clip == "adaptive":
             multiplier = private.vector_multiplier(multiplier, target)
-            live.next_clip = private.next_clip(clip, live.within, live.sum.weight, target, noise.fresh_key())
+            following = private.next_clip(clip, live.within, live.sum.weight, target, noise.fresh_key())
+            live.next_clip = min(following, accounting.LOUDEST / multiplier)
         key, tree_round = noise_of(live.state, tree=dp.mechanism == "ftrl")
         private.noise_sum(live.sum, clip, multiplier, target, key, tree_round=tree_round)
     return fedavg.finish(live.sum, old)

@@ -284,6 +284,15 @@ def test_an_adaptive_clip_needs_clients_to_count() -> None:
     assert accounting.plan(spec_of({"mode": "central", "noise_multiplier": 1.0, "clip": "adaptive"})).clip == "adaptive"
 
 
+def test_noise_that_no_sum_can_be_given_is_refused() -> None:
+    def planned(clip: float) -> accounting.Plan:
+        return accounting.plan(spec_of({"mode": "central", "noise_multiplier": 16.0, "clip": clip}))
+
+    assert planned(4096.0).clip == 4096.0
+    with pytest.raises(ConfigError, match="noise of 16 times the clip of 4100 is more than 65,536"):
+        planned(4100.0)
+
+
 def test_a_quorum_that_makes_draws_anew_likely_is_refused() -> None:
     with pytest.raises(ConfigError, match="cohort.quorum \\(80\\) is too near"):
         accounting.plan(sampled(1.0, 1000, quorum=80))

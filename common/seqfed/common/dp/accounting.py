@@ -39,6 +39,7 @@ DROWNS: Final = (
 )
 SPARE: Final = 0.01  # of delta that cohorts which are drawn again may take, beyond it
 
+LOUDEST: Final = 65536.0  # of the noise on a plain sum: half of what `dp.noise` makes of units of 2^-30
 EXACT: Final = "exact Gaussian (Balle and Wang 2018)"
 PLD: Final = "PLD (dp-accounting)"
 RDP: Final = "RDP (dp-accounting)"
@@ -278,19 +279,18 @@ def noise_multiplier(spec: RunSpec, examples: int | None = None) -> float | None
     dp = _dp(spec)
     if dp.mode == "example" and examples is None:
         return dp.noise_multiplier
-    noise = dp.noise_multiplier
-    if noise is None:
-        noise = _solved(spec.model_dump_json(), examples)
-    _check_noise(spec, noise)
-    return noise
+    return _noise_multiplier(spec.model_dump_json(), examples)
 
 
 @lru_cache(maxsize=64)
-def _solved(text: str, examples: int | None) -> float:
+def _noise_multiplier(text: str, examples: int | None) -> float:
     spec = RunSpec.model_validate_json(text)
-    goal = _dp(spec).epsilon
-    assert goal is not None  # or it would have a noise multiplier
-    return solve(lambda noise: spent(spec, spec.rounds, noise, None, examples), goal)
+    noise, goal = _dp(spec).noise_multiplier, _dp(spec).epsilon
+    if noise is None:
+        assert goal is not None  # it has one of them
+        noise = solve(lambda one: spent(spec, spec.rounds, one, None, examples), goal)
+    _check_noise(spec, noise)
+    return noise
 
 
 def solve(epsilon_at: Callable[[float], float], goal: float) -> float:
@@ -462,6 +462,11 @@ def _check_noise(spec: RunSpec, noise: float) -> None:
             f"privacy.dp.clip = 'adaptive' counts who is below the clip with noise of its own, and a noise multiplier of "
             f"{noise:g} leaves nothing for the model below {math.floor(10 * noise) + 1:,} clients a round (it has {cohort:,}); "
             "raise cohort.count or epsilon, or set a clip"
+        )
+    if dp.mode == "central" and not spec.privacy.secure_aggregation and noise * dp.first_clip > LOUDEST:
+        raise ConfigError(
+            f"privacy.dp: noise of {noise:g} times the clip of {dp.first_clip:g} is more than {LOUDEST:,.0f}, the most a sum "
+            "can be given; lower clip, or noise_multiplier (raise epsilon)"
         )
     if dp.population is None:
         return
