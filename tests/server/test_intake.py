@@ -449,3 +449,25 @@ async def test_a_file_is_received_whole_or_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(kind):
             await receive_file(path, total, announced, feed(*parts), Patience(60.0))
+
+
+async def test_an_upload_that_comes_again_has_a_file_of_its_own(desk: Desk) -> None:
+    """The one that was given up for another may still be read, mapped: a file that is cut short under that ends the daemon."""
+
+    def inodes() -> set[int]:
+        return {path.stat().st_ino for path in desk.folder.glob("*.part")}
+
+    gate = asyncio.Event()
+    first = asyncio.create_task(desk.take(header(), held(gate, *chunks(DATA))))
+    await arrived(desk, CHUNK_BYTES)
+    other = asyncio.create_task(desk.take(header(OTHER), held(gate, *chunks(OTHER))))
+    await arrived(desk, CHUNK_BYTES, OTHER)
+    before = inodes()
+    again = asyncio.create_task(desk.take(header(), held(gate, *chunks(DATA))))
+    await arrived(desk, CHUNK_BYTES)
+    assert len(inodes() - before) == 1
+    gate.set()
+    ended = await soon(asyncio.gather(first, other, again, return_exceptions=True))
+    assert [type(one) for one in ended] == [BrokenTransfer, BrokenTransfer, type(None)]
+    assert desk.final().read_bytes() == DATA
+    assert desk.leftovers() == []

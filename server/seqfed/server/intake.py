@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import secrets
 from collections import Counter
@@ -114,7 +115,7 @@ class Part:
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("wb", buffering=0)
+                self._file = self.path.open("xb", buffering=0)
             self._file.write(data)
         except OSError as error:
             raise storage_error(error, "receiving an update") from error
@@ -187,6 +188,7 @@ class Intake:
         self._here = 0  # uploads that move or wait
         # In the names of parts: a daemon that has lost its lease unawares may still be writing beside this one.
         self._own = secrets.token_hex(4)
+        self._numbers = itertools.count(1)
         self._parts: dict[tuple[str, str], Part] = {}  # by (run, client): a client works on one update at a time
 
     def received(self, client: str, run: str, digest: bytes) -> int:
@@ -284,8 +286,8 @@ class Intake:
         if part is None or part.header.digest != header.digest or part.header.key.round != header.key.round:
             if part is not None:
                 part.drop()
-            mark = header.digest.hex()[:16]  # one that is given up may still be at work on its own file
-            beside = final.with_name(f"{final.name}.{mark}.{self._own}.part")
+            # one that is given up may still be at work on its own file, and reads it mapped: another never takes its name
+            beside = final.with_name(f"{final.name}.{next(self._numbers)}.{self._own}.part")
             part = self._parts[place] = Part(header, beside, rule, packing)
         return part
 
