@@ -35,10 +35,15 @@ def main() -> None:
             [one["accuracy"] for one in mine],
             "o-",
             color=colour,
-            label=f"{mode} noise",
+            label=f"{mode} noise, mean over the seeds",
         )
-    exact = next(one["accuracy"] for one in found["results"] if one["epsilon"] is None)
-    axes.axhline(exact, color="grey", linestyle="--", label="clipped, no noise")
+        for one in mine:
+            axes.plot(
+                [one["epsilon"]] * len(one["accuracy_by_seed"]), one["accuracy_by_seed"], ".", color=colour, alpha=0.4
+            )
+    exact = next(one for one in found["results"] if one["epsilon"] is None)
+    axes.axhline(exact["accuracy"], color="grey", linestyle="--", label="clipped, no noise (band: its seeds)")
+    axes.axhspan(min(exact["accuracy_by_seed"]), max(exact["accuracy_by_seed"]), color="grey", alpha=0.15)
     axes.set_xscale("log")
     ticks = sorted({one["epsilon"] for one in found["results"] if one["epsilon"] is not None})
     axes.set_xticks(ticks, [f"{one:g}" for one in ticks])
