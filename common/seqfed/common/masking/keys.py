@@ -140,7 +140,7 @@ class Signer:
     """A client's masking identity: an Ed25519 key, from its 32 private bytes, made when it is first used."""
 
     def __init__(self, private: bytes) -> None:
-        self._private = lambda: private  # which no repr shows
+        self._private: Callable[[], bytes] = lambda: private  # which no repr shows
 
     @cached_property
     def _key(self) -> Ed25519PrivateKey:
