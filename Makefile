@@ -98,7 +98,7 @@ format: $(DEV_STAMP) ## rewrite the code as ruff would have it
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-bench: $(DEV_STAMP) ## measure: NAME=rounds|memory|startup|training|quality|chaos|fleet|fuzz, ARGS='--help' tells its options
+bench: $(DEV_STAMP) ## measure: NAME=rounds|memory|startup|training|quality|chaos|fleet|fuzz|masking|prg|dp|compression, ARGS='--help' tells its options
 	@$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
 # --- making things from it ---------------------------------------------------------------------

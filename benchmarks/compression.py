@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +33,9 @@ from seqfed.common.compression.pieces import PIECE
 from seqfed.common.errors import MaskingFailed
 from seqfed.common.layout import Flat, Layout, Parameters
 from seqfed.common.masking.packing import packed_bytes
+from seqfed.common.masking.terms import width
 from seqfed.common.model import initial_parameters
-from seqfed.common.quantising import Lattice, levels
+from seqfed.common.quantising import Lattice, levels, shortened
 from seqfed.common.quantising import decode as decode_sum
 from seqfed.common.quantising import quantise as quantise_all
 from seqfed.common.rotation import rotate
@@ -46,8 +48,12 @@ LEAST: Final = 2000  # characters of a role
 COHORT: Final = 10
 STEPS: Final = 80  # characters of a sequence
 SCORED: Final = 192  # sequences that models are scored on
-CLIP: Final = 6.0  # of a masked update; those of this model are 0.8 to 6 long
-BLOCK: Final = 1 << 22  # numbers that speed is measured with
+RATE: Final = 2e-2  # where the codecs were tried; float32 alone is best at 8e-2
+CLIP: Final = 6.0  # of a masked update; those of this model are 0.8 to 6 long at that rate
+BLOCK: Final = 1 << 20  # numbers that speed is measured with
+PASSES: Final = (
+    20  # of each kind, by turns; the fastest counts, since others may have the machine's caches in the meantime
+)
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -100,7 +106,7 @@ def sequences(text: NDArray[np.int32], most: int | None = None) -> Sequences:
     return Sequences(text, starts, lengths, target="next token")
 
 
-def spec_of(texts: Texts, rounds: int, seed: int) -> RunSpec:
+def spec_of(texts: Texts, rounds: int, seed: int, rate: float = RATE) -> RunSpec:
     """About 37,500 parameters with 79 symbols."""
     return RunSpec(
         name="compression",
@@ -112,7 +118,7 @@ def spec_of(texts: Texts, rounds: int, seed: int) -> RunSpec:
         task=TaskSpec(kind="next_token"),
         model=ModelSpec(kind="lstm", hidden=78, layers=1, embedding=16),
         training=TrainingSpec(
-            optimizer="adam", learning_rate=2e-2, batch_size=8, steps=2, schedule="cosine", final=0.1
+            optimizer="adam", learning_rate=rate, batch_size=8, steps=2, schedule="cosine", final=0.1
         ),
         evaluation=EvaluationSpec(every=0),
     )
@@ -131,11 +137,12 @@ class Mean:
 
 @dataclass
 class State:
-    """What a way keeps from round to round."""
+    """What a way keeps from round to round. clip: of a masked update."""
 
+    clip: float = CLIP
     residuals: dict[int, Flat] = field(default_factory=dict)
     deviation: float | None = None
-    middle: Flat | None = None
+    factor: Flat | None = None
     velocity: Flat | None = None
     refused: int = 0
 
@@ -174,9 +181,8 @@ def by_part(fraction: float, bits: int, groups: int = 1, wraps: bool = False) ->
         found, sent, spread = np.zeros(layout.size, np.float64), 0, []
         for group in range(groups):
             mine = range(group, len(clients), groups)
-            make = rotsub.tuned if wraps else rotsub.bounded
-            more = (state.deviation,) if wraps else ()
-            part = make(layout.size, fraction, bits, len(mine), CLIP, *more)
+            size = layout.size, fraction, bits, len(mine), state.clip
+            part = rotsub.tuned(*size, state.deviation) if wraps else rotsub.bounded(*size)
             drawn = derive(seed, round_, group, "rotation")
             total = np.zeros(part.size, part.dtype)
             for at in mine:
@@ -199,34 +205,45 @@ def by_part(fraction: float, bits: int, groups: int = 1, wraps: bool = False) ->
     return combine
 
 
-def by_rank(rank: int, bits: int) -> Combine:
-    """PowerSGD in two masked sums, each rotated and quantised as masked updates are, with error feedback at the client."""
-
-    def summed(vectors: Sequence[Flat], clip: float, seed: int, round_: int, which: int) -> tuple[Flat, int]:
-        lattice = Lattice(len(vectors[0]), bits, levels(bits, len(vectors)), clip)
-        total, drawn = np.zeros(lattice.dim, lattice.dtype), derive(seed, round_, which, "rotation")
-        for nth, vector in enumerate(vectors):
-            total += quantise_all(vector, 1.0, lattice, drawn, generator(seed, round_, which, nth, "rounding"))[0]
-        mean = decode_sum(total, lattice, drawn, clients=len(vectors), weight=len(vectors), max_weight=1)
-        return mean, packed_bytes(lattice.dim, bits)
+def by_levels(most: int) -> Combine:
+    """Whole updates in masked sums of as many bits as these levels of each client need."""
 
     def combine(
         clients: Sequence[int], updates: Sequence[Flat], layout: Layout, seed: int, round_: int, state: State
     ) -> Mean:
-        plan = lowrank.Plan(layout, rank)
-        whole = [update + state.residuals.get(one, 0) for one, update in zip(clients, updates, strict=True)]
-        whole = [(one * min(1.0, CLIP / float(np.linalg.norm(one)))).astype(np.float32) for one in whole]
-        drawn = lowrank.orthonormal_middle(lowrank.start(plan, seed) if state.middle is None else state.middle, plan)
-        p, first = summed([lowrank.first(one, plan, drawn) for one in whole], CLIP, seed, round_, 1)
-        basis = lowrank.orthonormal(p, plan)
-        rest, second = summed([lowrank.second(one, plan, basis) for one in whole], CLIP, seed, round_, 2)
-        for client, one in zip(clients, whole, strict=True):
-            back = lowrank.rebuild(basis, lowrank.second(one, plan, basis), plan)
-            state.residuals[client] = one - np.concatenate(list(back))
-        state.middle = rest[: plan.middle]
-        return Mean(np.concatenate(list(lowrank.rebuild(basis, rest, plan))), 2 * SIZE + first + second)
+        lattice = Lattice(layout.size, width(most, len(updates)), most, state.clip)
+        return _summed(updates, lattice, seed, round_)
 
     return combine
+
+
+def by_side(rank: int, bits: int) -> Combine:
+    """PowerSGD in one masked sum a round, rotated and quantised as masked updates are, with error feedback at the client."""
+
+    def combine(
+        clients: Sequence[int], updates: Sequence[Flat], layout: Layout, seed: int, round_: int, state: State
+    ) -> Mean:
+        side = lowrank.side(lowrank.Plan(layout, rank), round_, state.factor, seed)
+        whole = [
+            shortened(one + state.residuals.get(client, 0), state.clip)[0]
+            for client, one in zip(clients, updates, strict=True)
+        ]
+        sent = [side.project(one) for one in whole]
+        mean = _summed(sent, Lattice(side.size, bits, levels(bits, len(sent)), state.clip), seed, round_)
+        for client, one, other in zip(clients, whole, sent, strict=True):
+            state.residuals[client] = one - side.rebuild(other)
+        state.factor = mean.update[: side.factor]
+        return Mean(side.rebuild(mean.update), mean.sent)
+
+    return combine
+
+
+def _summed(vectors: Sequence[Flat], lattice: Lattice, seed: int, round_: int) -> Mean:
+    total, drawn = np.zeros(lattice.dim, lattice.dtype), derive(seed, round_, "rotation")
+    for nth, vector in enumerate(vectors):
+        total += quantise_all(vector, 1.0, lattice, drawn, generator(seed, round_, nth, "rounding"))[0]
+    mean = decode_sum(total, lattice, drawn, clients=len(vectors), weight=len(vectors), max_weight=1)
+    return Mean(mean, SIZE + packed_bytes(lattice.dim, lattice.bits))
 
 
 def steadied(combine: Combine, momentum: float) -> Combine:
@@ -257,6 +274,7 @@ WAYS: Final[Mapping[str, Way]] = {
     "rotq8": Way(plainly(Codec("rotq8"))),
     "rotq4": Way(plainly(Codec("rotq4"))),
     "eden1": Way(plainly(Codec("eden1", fraction=0.25))),
+    "eden1-30%": Way(plainly(Codec("eden1", fraction=0.3))),
     "eden1-16%": Way(plainly(Codec("eden1"))),
     "topk": Way(plainly(Codec("topk"))),
     "powersgd": Way(plainly(Codec("powersgd"))),
@@ -265,23 +283,27 @@ WAYS: Final[Mapping[str, Way]] = {
     "eden1+delta4": Way(plainly(Codec("eden1", fraction=0.25)), Codec("delta4")),
     "rotsub": Way(by_part(0.15, 5, wraps=True), masked=True),
     "rotsub-bounded": Way(by_part(0.095, 8), masked=True),
+    "rotsub-40-groups": Way(by_part(0.187, 4, groups=3, wraps=True), masked=True),
     "rotsub-100": Way(by_part(0.057, 5, wraps=True), masked=True),
     "rotsub-200": Way(by_part(0.0285, 5, wraps=True), masked=True),
     "rotsub-100-groups": Way(by_part(0.072, 4, groups=3, wraps=True), masked=True),
     "rotsub-100-steady": Way(steadied(by_part(0.057, 5, wraps=True), 0.5), masked=True),
-    "powersgd-masked": Way(by_rank(2, 12), masked=True),
+    "rotq8-masked": Way(by_levels(127), masked=True),
+    "rotq4-masked": Way(by_levels(7), masked=True),
+    "powersgd-masked": Way(by_side(4, 8), masked=True),
+    "powersgd-masked-6": Way(by_side(6, 8), masked=True),
 }
 
 
 # Rounds ---------------------------------------------------------------------------------------------------------------
 
 
-def rounds_of(way: Way, texts: Texts, spec: RunSpec, network: Network) -> dict[str, float]:
+def rounds_of(way: Way, texts: Texts, spec: RunSpec, network: Network, clip: float = CLIP) -> dict[str, float]:
     """The last model's cross-entropy, the mean bytes of a client's upload and download a round, of the model, and how many
     masked sums were refused.
     """
     model = initial_parameters(spec).flat.copy()
-    layout, state, lag = network.layout, State(), np.zeros(len(model), np.float32)
+    layout, state, lag = network.layout, State(clip), np.zeros(len(model), np.float32)
     scored = sequences(texts.held_out, SCORED)
     data = [sequences(one) for one in texts.clients]
     up = down = 0.0
@@ -316,45 +338,62 @@ def rounds_of(way: Way, texts: Texts, spec: RunSpec, network: Network) -> dict[s
 
 
 def speed(name: str) -> dict[str, float]:
-    """Float32 input a second of processor time, encoding and decoding, in MB/s: the best of several passes, one thread."""
+    """Float32 input a second of processor time in MB/s, encoding and decoding by this way, and of the least that there is to do
+    to such a vector, one pass that multiplies it: the best of several passes, one thread.
+    """
     vector = generator(1, "speed").standard_normal(BLOCK, np.float32)
-    if name == "rotsub":
+    other = np.empty_like(vector)
+    works = (*_works(name, vector), lambda: np.multiply(vector, np.float32(1.0001), out=other))
+    return dict(zip(("encode_mb_s", "decode_mb_s", "bare_mb_s"), _best(*works), strict=True))
+
+
+def rotating() -> float:
+    """The same of the rotation by itself, to which no way that rotates comes nearer than a codec's other work lets it."""
+    pieces = generator(1, "speed").standard_normal(BLOCK, np.float32).reshape(-1, PIECE)
+
+    def work() -> None:
+        for piece in pieces:
+            rotate(piece, 1)
+
+    return _best(work)[0]
+
+
+def _works(name: str, vector: Flat) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Encoding and decoding by this way."""
+    sums: dict[str, int] = {"clients": 1, "weight": 1, "max_weight": 1}
+    if name.startswith("rotsub"):
         part = rotsub.bounded(BLOCK, 0.15, 8, COHORT, 1e4)
-        found, _ = rotsub.quantise(vector, 1.0, part, 1, generator(1))
-        return {
-            "encode_mb_s": _best(lambda: rotsub.quantise(vector, 1.0, part, 1, generator(1))),
-            "decode_mb_s": _best(lambda: rotsub.decode(found, part, 1, clients=1, weight=1, max_weight=1)),
-        }
-    layout, key, codec = Layout((("w", (BLOCK // 1024, 1024)),)), Key(1, "benchmark", 1, "a"), Codec(name)
-    payload = encode(vector, layout, key, codec).payload
-    return {
-        "encode_mb_s": _best(lambda: encode(vector, layout, key, codec)),
-        "decode_mb_s": _best(lambda: [len(part) for part in decode(payload, layout, key, codec)]),
-    }
+        chosen, _ = rotsub.quantise(vector, 1.0, part, 1, generator(1))
+        return (
+            lambda: rotsub.quantise(vector, 1.0, part, 1, generator(1)),
+            lambda: rotsub.decode(chosen, part, 1, **sums),
+        )
+    if name in {"rotq8-masked", "rotq4-masked"}:
+        most = 127 if name == "rotq8-masked" else 7
+        lattice = Lattice(BLOCK, width(most, COHORT), most, 1e4)
+        whole, _ = quantise_all(vector, 1.0, lattice, 1, generator(1))
+        return (
+            lambda: quantise_all(vector, 1.0, lattice, 1, generator(1)),
+            lambda: decode_sum(whole, lattice, 1, **sums),
+        )
+    codec = Codec(name.partition("-")[0].partition("+")[0])
+    layout, key = Layout((("w", (BLOCK // 1024, 1024)),)), Key(1, "benchmark", 1, "a")
+    residual = vector * np.float32(0.01) if codec.feeds_back else None
+    payload = encode(vector, layout, key, codec, residual).payload
+    return (
+        lambda: encode(vector, layout, key, codec, residual),
+        lambda: [len(one) for one in decode(payload, layout, key, codec)],
+    )
 
 
-def bare() -> dict[str, float]:
-    """The same of the least that there is to do: one pass that multiplies the numbers, and one that only rotates them."""
-    vector = generator(1, "speed").standard_normal(BLOCK, np.float32)
-    pieces = vector.reshape(-1, PIECE)
-    return {
-        "numpy_pass_mb_s": _best(lambda: np.multiply(vector, np.float32(1.0001), out=vector)),
-        "rotation_mb_s": _best(lambda: _rotated(pieces)),
-    }
-
-
-def _rotated(pieces: NDArray[np.float32]) -> None:
-    for piece in pieces:
-        rotate(piece, 1)
-
-
-def _best(work: Callable[[], object], times: int = 5) -> float:
-    found = []
-    for _ in range(times):
-        begun = time.process_time()
-        work()
-        found.append(time.process_time() - begun)
-    return round(4e-6 * BLOCK / max(min(found), 1e-6), 1)
+def _best(*works: Callable[[], object]) -> list[float]:
+    found = [math.inf] * len(works)
+    for _ in range(PASSES):
+        for nth, work in enumerate(works):
+            begun = time.process_time()
+            work()
+            found[nth] = min(found[nth], time.process_time() - begun)
+    return [round(4e-6 * BLOCK / max(one, 1e-6), 1) for one in found]
 
 
 def main() -> None:
@@ -363,22 +402,33 @@ def main() -> None:
     parser.add_argument("--codecs", default=",".join(WAYS), help="these alone, with commas; none always comes along")
     parser.add_argument("--rounds", type=int, default=80)
     parser.add_argument("--seeds", default="1,2,3", help="with commas")
+    parser.add_argument("--lr", type=float, default=RATE, help="the learning rate at the first round")
+    parser.add_argument("--clip", type=float, default=CLIP, help="of masked updates: the longest that is not shortened")
+    parser.add_argument("--speed", action="store_true", help="how fast they are, and no rounds")
     parser.add_argument("--out", type=Path, help="append each measured pair here, and do none again that stands there")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     given = parser.parse_args()
     names, seeds = dict.fromkeys(["none", *given.codecs.split(",")]), [int(one) for one in given.seeds.split(",")]
     if unknown := set(names) - set(WAYS):
         parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
+    if given.speed:
+        use_threads(1)
+        rates = [{"codec": name, **speed(name)} for name in names]
+        return tell({"results": rates, "rotation_mb_s": rotating(), "machine": machine()}, given.json)
     begun = time.monotonic()
-    source = "generated" if given.data is None else "shakespeare"
     pairs = [(name, seed) for name in names for seed in seeds]
-    measured = dict(_measured(pairs, given.data, given.rounds, source, given.out))
+    same = {
+        "rounds": given.rounds,
+        "text": "generated" if given.data is None else "shakespeare",
+        "lr": given.lr,
+        "clip": given.clip,
+    }
+    measured = dict(_measured(pairs, given.data, same, given.out))
     results = []
     for name in names:
         mine = [measured[name, seed] for seed in seeds]
         mean = {key: sum(one[key] for one in mine) / len(mine) for key in ("ce", "up", "down", "bytes", "refused")}
         exact = sum(measured["none", seed]["ce"] for seed in seeds) / len(seeds)
-        kind = "rotsub" if name.startswith("rotsub") else name.partition("-")[0].partition("+")[0]
         results.append(
             {
                 "codec": name,
@@ -389,15 +439,14 @@ def main() -> None:
                 "ce_float32": round(exact, 4),
                 "ce_by_seed": [round(one["ce"], 4) for one in mine],
                 "refused_sums": round(mean["refused"], 2),
-                **speed(kind),
+                **speed(name),
             }
         )
     tell(
         {
             "results": results,
-            "bare": bare(),
-            "text": source,
-            "rounds": given.rounds,
+            "rotation_mb_s": rotating(),
+            **same,
             "cohort": COHORT,
             "seeds": seeds,
             "seconds": round(time.monotonic() - begun, 1),
@@ -405,15 +454,16 @@ def main() -> None:
         },
         given.json,
     )
+    return None
 
 
 def _measured(
-    pairs: Sequence[tuple[str, int]], data: Path | None, rounds: int, source: str, out: Path | None
+    pairs: Sequence[tuple[str, int]], data: Path | None, settings: Mapping[str, Any], out: Path | None
 ) -> Iterator[tuple[tuple[str, int], dict[str, float]]]:
     """The figures of each pair, read from `out` or trained for."""
     texts: Texts | None = None
     for name, seed in pairs:
-        same = {"codec": name, "seed": seed, "rounds": rounds, "text": source}
+        same = {"codec": name, "seed": seed, **settings}
         lines = out.read_text().splitlines() if out is not None and out.exists() else []  # others may write there, too
         known = [one for one in map(json.loads, lines) if same.items() <= one.items()]
         if known:
@@ -422,9 +472,9 @@ def _measured(
         if texts is None:
             use_threads(1)
             texts = generated() if data is None else shakespeare(data / "shakespeare")
-        spec = spec_of(texts, rounds, seed)
+        spec = spec_of(texts, settings["rounds"], seed, settings["lr"])
         network, begun = network_for(spec), time.monotonic()
-        result = rounds_of(WAYS[name], texts, spec, network)
+        result = rounds_of(WAYS[name], texts, spec, network, settings["clip"])
         line = same | result
         print(json.dumps({**line, "seconds": round(time.monotonic() - begun, 1)}), file=sys.stderr)
         if out is not None:

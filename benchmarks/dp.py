@@ -4,8 +4,8 @@ Rounds happen in this process, with the arithmetic, noise and accounting of the 
 which leave a sum as it is. A client is a piece of 160 characters of a role in DIR/shakespeare, or without --data of an author of
 a generated Markov text, and its piece is all that it has: so epsilon is of pieces. 600 are asked each round, and nothing is
 claimed of sampling. The server's noise (central) and the clients' own inside masked sums (distributed, 18 bits a number, all
-clients counted on) have the same settings, cohorts and batches. Clients are trained many at a time; that each becomes what it
-does in the client's own training is seen to first.
+clients counted on: colluding = 0, against the server alone) have the same settings, cohorts and batches. Clients are trained many
+at a time; that each becomes what it does in the client's own training is seen to first.
 
 `accuracy` is the share of characters that the last model foretells right, in text that no client has; mean over the seeds.
 """
@@ -59,7 +59,9 @@ EPSILONS: Final = (None, 10.0, 4.0, 1.0)
 
 def spec_of(symbols: int, rounds: int, seed: int, mode: str, epsilon: float | None) -> RunSpec:
     """Without epsilon, what the run would be with one; nobody is then to add noise."""
-    masked = {"secure_aggregation": True, "min_survivors": COHORT, "b": BITS} if mode == "distributed" else {}
+    distributed = mode == "distributed"
+    masked = {"secure_aggregation": True, "min_survivors": COHORT, "b": BITS} if distributed else {}
+    counted = {"colluding": 0} if distributed else {}
     return RunSpec.model_validate(
         {
             "name": f"{mode}-{epsilon}",
@@ -76,7 +78,10 @@ def spec_of(symbols: int, rounds: int, seed: int, mode: str, epsilon: float | No
             "aggregation": {"weighting": "uniform"},
             "cohort": {"min_clients": COHORT, "count": COHORT},
             "evaluation": {"every": 0},
-            "privacy": {**masked, "dp": {"mode": mode, "epsilon": epsilon or 10.0, "delta": DELTA, "clip": CLIP}},
+            "privacy": {
+                **masked,
+                "dp": {"mode": mode, "epsilon": epsilon or 10.0, "delta": DELTA, "clip": CLIP, **counted},
+            },
         }
     )
 

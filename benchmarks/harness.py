@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.link import Links
 from seqfed.client.admin import operating
 from seqfed.client.demo.processes import Processes, processes, server_address
 from seqfed.client.demo.run import certify
@@ -72,26 +73,38 @@ class Federation:
 
 
 @contextlib.contextmanager
-def federation(clients: int, *, tls: bool = False) -> Iterator[Federation]:
-    """A server and so many client processes on loopback, all connected; with `tls` by certificates of a CA of their own."""
-    with tempfile.TemporaryDirectory(prefix="seqfed-benchmark-") as name:
-        work = Path(name)
+def federation(clients: int, *, tls: bool = False, net: Links | None = None) -> Iterator[Federation]:
+    """A server and so many client processes on loopback, all connected; with `tls` by certificates of a CA of their own, with
+    `net` each over a link of its own that has the client's name, client-000 and so on.
+    """
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seqfed-benchmark-")))
         with processes(work / "logs") as started:
             state, secure, credentials = work / "server", list[str](), None
             names = [f"client-{number:03}" for number in range(clients)]
             if tls:
                 folder, credentials = certify(work, names)
                 secure = ["--tls", str(folder)]
-            started.start("server", "server", "--port", "0", "--state", str(state), *secure)
+            listen = ("--host", net.host, *net.flags) if net else ()
+            started.start("server", "server", "--port", "0", "--state", str(state), *secure, *listen)
             address = server_address(state, started)
+            port = int(address.rpartition(":")[2])
+            if net:
+                address = f"127.0.0.1:{port}"  # not as the clients see it
             for number, client in enumerate(names):
                 draw = generator(number, "benchmark data")
                 x = draw.random((EXAMPLES, STEPS, FEATURES), np.float32)
                 np.savez(work / f"{number}.npz", x=x, y=draw.integers(0, CLASSES, EXAMPLES))
-                flags = ("--data", str(work / f"{number}.npz"), "--validation-fraction", "0")
-                started.start(
-                    client, "client", "--server", address, "--name", client, "--state", str(work / client), *flags
-                )
+                flags = ["--name", client, "--state", str(work / client), "--data", str(work / f"{number}.npz")]
+                flags += ["--validation-fraction", "0"]
+                if net is None:
+                    started.start(client, "client", "--server", address, *flags)
+                    continue
+                place = net.add(client, [port])
+                flags += ["--server", place.addresses[0], *net.flags]
+                behind = Actor(client, work / "logs", "client", *flags, prefix=place.prefix)
+                stack.callback(behind.kill)
+                behind.start()
             pid = int(json.loads((state / "address.json").read_text())["pid"])
             made = Federation(address, pid, started, credentials)
             asyncio.run(_connected(made, clients))

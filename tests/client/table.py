@@ -27,14 +27,13 @@ from seqfed.common.masking.messages import (
     KeyShares,
     MaskedInput,
     Opening,
-    Reply,
-    Request,
 )
 from seqfed.common.masking.server import Confirming, Masked, Opened, Shared, State, Step, answer, begin, on
 from seqfed.common.masking.terms import Purpose, Terms
 from seqfed.common.masking.unmasking import Unmasking, scalar_totals, unmasking
 from seqfed.common.spec import RunSpec
 from seqfed.common.views import MaskingTerms, ModelVersion, Task, TaskKey, TaskKind
+from seqfed.common.wire_masking import Reply, Request
 
 EVENTS: dict[type, Callable[[str, Any], Any]] = {
     KeyShares: Shared,

@@ -88,7 +88,7 @@ class Fake(federation_pb2_grpc.FederationServicer):
                 assert message.chunk.offset == self.received
                 self.received += len(message.chunk.data)
             self._note(message, context)
-        return federation_pb2.SubmitUpdateReply()
+        return federation_pb2.SubmitUpdateReply(busy_s=1.5)
 
     async def Mask(self, request: federation_pb2.MaskRequest, context: Context) -> federation_pb2.MaskReply:
         self._note(request, context)
@@ -178,7 +178,7 @@ async def test_a_model_comes_in_chunks_of_the_size_asked_for(size: int) -> None:
 async def test_full_chunks_are_sent_without_a_question() -> None:
     fake, sent = Fake(), list[int]()
     async with joined(fake) as (connection, _):
-        await connection.submit_update(header(), memoryview(DATA), CHUNK_BYTES, sent.append)
+        assert await connection.submit_update(header(), memoryview(DATA), CHUNK_BYTES, sent.append) == 1.5
     assert fake.received == len(DATA)
     assert sent == list(range(0, len(DATA), CHUNK_BYTES))
     assert not [one for one in fake.messages if isinstance(one, federation_pb2.UploadStatusRequest)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 
 from seqfed.client.consent import Account, Consent
-from seqfed.client.policy import Policy, Spent
+from seqfed.client.policy import Policy, Released, Spent
 from seqfed.client.policy import account as added_up
 from seqfed.common import authority, identity, signing, wire
 from seqfed.common.authority import Authority
@@ -26,7 +28,7 @@ from seqfed.common.dp import accounting
 from seqfed.common.errors import PolicyRefused, StorageError, StorageFull
 from seqfed.common.identity import Credentials, Role
 from seqfed.common.spec import RunSpec
-from seqfed.common.views import MaskingTerms, ModelVersion, Task, TaskKey, TaskKind
+from seqfed.common.views import ModelVersion, Task, TaskKey, TaskKind
 from seqfed.v1.federation_pb2 import Task as Message
 
 NOW = identity.now()
@@ -189,16 +191,23 @@ def test_another_process_that_reads_it_is_waited_for(tmp_path: Path) -> None:
 # Differential privacy ----------------------------------------------------------------------------------------------------
 
 
-def private(*, secure: bool = False, rounds: int = 50, **dp: Any) -> RunSpec:
+def private(*, secure: bool = False, rounds: int = 50, every: int = 0, **dp: Any) -> RunSpec:
     content: dict[str, Any] = {
         "data": {"features": 3, "classes": 2},
         "rounds": rounds,
         "aggregation": {"weighting": "uniform"},
-        "evaluation": {"every": 0},
+        "evaluation": {"every": every},
         "cohort": {"min_clients": 5, "count": 5},
         "privacy": {"secure_aggregation": secure, "dp": {"mode": "central", "delta": 1e-5, **dp}},
     }
     return validate(RunSpec, content, "test")
+
+
+def given(account: Account, task: Task, number: int = 0, data: str = "", **steps: Any) -> None:
+    """A release of the task, which nothing forbids."""
+    dp = task.spec.privacy.dp
+    assert dp is not None
+    account.release(task, number, lambda _: None, data, dp.noise_multiplier, **steps)
 
 
 def test_the_ledger_has_every_release_once_over_runs_and_restarts(tmp_path: Path) -> None:
@@ -206,12 +215,10 @@ def test_the_ledger_has_every_release_once_over_runs_and_restarts(tmp_path: Path
     task = replace(TASK, spec=spec)
     account = Account(tmp_path)
     for number in (1, 2, 2, 3):  # the same update sent again gives nothing more away
-        account.charge(nth(number, task), "anna", lambda _: None, "wards.csv")
-    account.charge(replace(scoring(3), spec=spec), "anna", lambda _: None, "wards.csv")
+        given(account, nth(number, task), data="wards.csv")
     account.close()
     account = Account(tmp_path)
-    account.charge(nth(7, task, run="run-2"), "anna", lambda _: None, "beds.csv")
-    account.charge(nth(1, run="run-3"), "anna", lambda _: None)
+    given(account, nth(7, task, run="run-2"), data="beds.csv")
     first, second = account.released()
     assert (first.run, first.data, first.noise, first.round, first.releases) == ("run-1", "wards.csv", 4.0, 3, 3)
     assert (second.run, second.data, second.round, second.releases) == ("run-2", "beds.csv", 7, 1)
@@ -222,40 +229,107 @@ def test_the_ledger_has_every_release_once_over_runs_and_restarts(tmp_path: Path
     assert (whole.unit, whole.delta) == ("client", 1e-5)
 
 
+def test_neither_an_evaluation_nor_a_run_without_noise_is_in_the_ledger(tmp_path: Path) -> None:
+    public = private(noise_multiplier=4.0, evaluation="public", every=1)
+    ask = Consent(None, tmp_path, None)
+    ask(replace(scoring(3), spec=public))
+    ask(nth(1, run="run-3"))
+    ask.release(nth(1, run="run-3"), 0, 10)
+    assert Account(tmp_path).released() == ()
+
+
 def test_another_masked_sum_of_the_same_update_is_another_release(tmp_path: Path) -> None:
     task = replace(TASK, spec=private(secure=True, noise_multiplier=2.0))
-    account = Account(tmp_path)
-    for number in (1, 1, 4):
-        account.charge(replace(nth(1, task), masking=MaskingTerms(number, 5)), "anna", lambda _: None)
-    (found,) = account.released()
+    ask = Consent(None, tmp_path, None)
+    for number, fresh in ((1, True), (1, False), (4, False)):
+        ask.release(task, number, 10, fresh)
+    (found,) = Account(tmp_path).released()
     assert (found.round, found.releases) == (1, 2)
 
 
-def test_a_task_that_is_refused_is_not_in_the_ledger(tmp_path: Path) -> None:
-    def refuse(found: Spent) -> None:
-        assert [one.releases for one in found.released()] == [1]  # the one in question counts
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("mode", ["local", "example"])
+def test_each_noise_that_is_drawn_for_an_update_is_a_release(mode: str, secure: bool, tmp_path: Path) -> None:
+    task = replace(TASK, spec=private(secure=secure, mode=mode, noise_multiplier=8.0))
+    for _ in range(3):
+        ask = Consent(None, tmp_path, None)  # a client that was started again draws anew
+        ask.release(task, 1, 100)
+        ask.release(task, 1, 100, fresh=False)  # the very same update
+        ask.release(task, 2, 100, fresh=False)
+    (found,) = Account(tmp_path).released()
+    assert found.releases == 3
+    (whole,) = added_up([found])
+    assert whole.epsilon == pytest.approx(accounting.spent(task.spec, 3, 8.0, None, 100), rel=1e-9)
+
+
+def test_what_is_asked_of_a_task_has_not_been_released_yet(tmp_path: Path) -> None:
+    account, seen = Account(tmp_path), list[int]()
+
+    def rule(found: Spent) -> None:
+        seen.extend(one.releases for one in found.released())
+
+    for number in (1, 1, 2):
+        account.charge(nth(number, replace(TASK, spec=private(noise_multiplier=2.0))), "anna", rule)
+    assert seen == [1, 1, 1]  # the one in question counts
+    assert account.released() == ()
+
+
+def test_a_release_that_is_refused_is_not_in_the_ledger(tmp_path: Path) -> None:
+    def refuse(found: Callable[[], Sequence[Released]]) -> None:
+        assert [one.releases for one in found()] == [1]  # the one in question counts
         raise PolicyRefused("no")
 
     account = Account(tmp_path)
     with pytest.raises(PolicyRefused):
-        account.charge(replace(TASK, spec=private(noise_multiplier=2.0)), "anna", refuse)
+        account.release(replace(TASK, spec=private(noise_multiplier=2.0)), 0, refuse)
     assert account.released() == ()
+
+
+def go_through(policy: Policy | None, folder: Path, tasks: Iterable[Task], examples: int = 100) -> int:
+    """How many of these are trained, each by a client that was started again, until one is refused for its epsilon."""
+    done = 0
+    for task in tasks:
+        ask = Consent(policy, folder, None)
+        try:
+            ask(task)
+            ask.release(task, 0 if task.masking is None else task.masking.number, examples)
+            done += 1
+        except PolicyRefused as error:
+            assert "max_epsilon: all runs together, with this round, have " in str(error)
+    return done
 
 
 def test_the_limit_of_epsilon_holds_over_runs_and_restarts(tmp_path: Path) -> None:
     spec = private(noise_multiplier=3.0, rounds=8)
     limit = accounting.spent(spec, 12, 3.0) * 1.0001
-    policy = rules(max_epsilon=limit, unsigned=True)
-    done = 0
-    for run in ("run-1", "run-2", "run-3"):
-        consent = Consent(policy, tmp_path, None)  # a client that was started again
-        for number in range(1, 9):
-            try:
-                consent(nth(number, replace(TASK, spec=spec), run=run))
-                done += 1
-            except PolicyRefused as error:
-                assert "max_epsilon: all runs together, with this round, have epsilon" in str(error)
-    assert done == 12
+    tasks = [
+        nth(number, replace(TASK, spec=spec), run=run) for run in ("run-1", "run-2", "run-3") for number in range(1, 9)
+    ]
+    assert go_through(rules(max_epsilon=limit, unsigned=True), tmp_path, tasks) == 12
+
+
+def test_what_would_pass_the_limit_is_refused_before_the_data_are_read(tmp_path: Path) -> None:
+    task = replace(TASK, spec=private(noise_multiplier=3.0, rounds=2))
+    ask = Consent(rules(max_epsilon=accounting.spent(task.spec, 2, 3.0) * 1.0001), tmp_path, None)
+    for number in (1, 2):
+        ask(nth(number, task))
+        ask.release(nth(number, task), 0, 10)
+    ask(nth(2, task))  # which is known
+    with pytest.raises(PolicyRefused, match="max_epsilon: all runs together, with this round, have epsilon "):
+        ask(nth(1, task, run="run-2"))
+
+
+def test_an_update_that_was_made_may_be_sent_again_when_all_is_spent(tmp_path: Path) -> None:
+    task = replace(TASK, spec=private(mode="local", noise_multiplier=30.0, rounds=1))
+    limit = accounting.spent(task.spec, 1, 30.0) * 1.0001
+    ask = Consent(rules(max_epsilon=limit), tmp_path, None)
+    ask(task)
+    ask.release(task, 0, 10)
+    ask(task)
+    ask.release(task, 0, 10, fresh=False)
+    with pytest.raises(PolicyRefused, match="max_epsilon"):
+        ask.release(task, 0, 10)
+    assert [one.releases for one in Account(tmp_path).released()] == [1]
 
 
 def test_a_run_that_plans_more_than_the_limit_never_begins(tmp_path: Path) -> None:
@@ -269,13 +343,135 @@ def test_a_run_that_plans_more_than_the_limit_never_begins(tmp_path: Path) -> No
         Consent(rules(min_noise=4.0), tmp_path, None)(replace(TASK, spec=spec))
 
 
+# Of single sequences each client keeps the only account that there is.
+
+
 def test_examples_are_an_account_of_their_own(tmp_path: Path) -> None:
-    account = Account(tmp_path)
-    for number, dp in enumerate((2.0, 1.5)):
-        spec = private(mode="example", epsilon=dp)
-        account.charge(replace(nth(1, run=f"run-{number}"), spec=spec), "anna", lambda _: None)
-    (found,) = added_up(account.released())
-    assert (found.unit, found.epsilon, found.delta) == ("example", 3.5, 2e-5)
+    ask = Consent(None, tmp_path, None)
+    runs = [(private(mode="example", epsilon=2.0, rounds=2), 500), (private(mode="example", noise_multiplier=1.5), 80)]
+    history = []
+    for place, (spec, examples) in enumerate(runs):
+        for number in (1, 2):
+            ask.release(nth(number, replace(TASK, spec=spec), run=f"run-{place}"), 0, examples)
+        noise = accounting.noise_multiplier(spec, examples)
+        rate, steps = accounting.example_batches(spec, examples)
+        history.append((noise, rate, 2 * steps))
+    given(Account(tmp_path), replace(TASK, spec=private(noise_multiplier=4.0), key=TaskKey("run-9", 1, 1)))
+    of_clients, found = added_up(Account(tmp_path).released())
+    assert (of_clients.unit, found.unit, found.delta) == ("client", "example", 1e-5)
+    opacus = importlib.import_module("opacus.accountants").RDPAccountant()
+    opacus.history = history
+    assert found.epsilon == pytest.approx(opacus.get_epsilon(1e-5), rel=1e-9)
+    # the runs' goals, added up, were never what was spent
+    first, second = (added_up([one])[0].epsilon for one in Account(tmp_path).released()[:2])
+    assert first is not None
+    assert second is not None
+    assert found.epsilon is not None
+    assert max(first, second) < found.epsilon < first + second
+    assert first <= 2.0
+
+
+@pytest.mark.parametrize("given_", [{"epsilon": 2.0}, {"noise_multiplier": 3.0}])
+def test_of_single_sequences_too_a_run_has_no_more_than_the_limit(given_: dict[str, Any], tmp_path: Path) -> None:
+    """A server that asks for the same rounds of ever other models."""
+    spec = private(mode="example", rounds=2, **given_)
+    planned = accounting.plan(spec, 500).epsilon
+    assert planned is not None
+    tasks = [
+        replace(nth(1 + number % 2, replace(TASK, spec=spec)), model=replace(TASK.model, digest=b"other %d" % number))
+        for number in range(9)
+    ]
+    limit = max(planned, given_.get("epsilon", 0.0)) * 1.0001
+    assert go_through(rules(max_epsilon=limit), tmp_path, tasks, 500) == 2
+    (found,) = added_up(Account(tmp_path).released())
+    assert found.epsilon == pytest.approx(planned, rel=1e-9)
+
+
+def test_what_one_is_told_of_single_sequences_has_no_figure_of_the_data(tmp_path: Path) -> None:
+    spec = private(mode="example", rounds=2, noise_multiplier=3.0)
+    planned = accounting.plan(spec, 500).epsilon
+    assert planned is not None
+    ask, told = Consent(rules(max_epsilon=planned * 1.0001), tmp_path, None), list[str]()
+    for examples in (400, 500, 500, 500):
+        try:
+            ask.release(replace(TASK, spec=spec), 0, examples)
+        except PolicyRefused as error:
+            told.append(str(error))
+    first, second = told
+    assert first == (
+        "max_epsilon: the run's epsilon is not enough, or too much, for as many sequences as are here, and the limit is "
+        f"{planned * 1.0001:g}"
+    )
+    assert second.startswith(
+        "max_epsilon: all runs together, with this round, have a larger epsilon (delta 1e-05, unit ex"
+    )
+    with pytest.raises(PolicyRefused, match="min_noise: the run's noise is 3, and the least is 9"):
+        Consent(rules(min_noise=9.0), tmp_path, None)(replace(TASK, spec=spec))  # which the operator knows as well
+
+
+def test_a_run_of_single_sequences_with_too_large_a_goal_never_begins(tmp_path: Path) -> None:
+    with pytest.raises(PolicyRefused, match="max_epsilon: the run's epsilon is 3, and the limit is 2"):
+        Consent(rules(max_epsilon=2.0), tmp_path, None)(replace(TASK, spec=private(mode="example", epsilon=3.0)))
+
+
+def test_what_a_tree_has_taken_in_counts_to_its_end(tmp_path: Path) -> None:
+    """The noise of later rounds is given together with the client's update of the first."""
+    spec = private(mechanism="ftrl", participations=1, noise_multiplier=4.0, rounds=1000)
+    task = replace(TASK, spec=spec)
+    whole = accounting.spent(spec, 1000, 4.0, 1)
+    ask = Consent(None, tmp_path, None)
+    ask.release(task, 0, 10)
+    assert added_up(Account(tmp_path).released())[0].epsilon == whole
+    limit = accounting.together([(spec, 1000, 4.0, 1)] * 3, 1e-5)[0] * 1.0001
+    tasks = [nth(1, task, run=f"other-{place}") for place in range(5)]
+    assert go_through(rules(max_epsilon=limit), tmp_path, tasks) == 2  # with the one of before
+
+
+@pytest.mark.parametrize("policy", [{"max_rounds": 10}, {"runs": ["sepsis"]}, {"max_rounds_total": 0}])
+def test_what_costs_nothing_is_asked_first(
+    policy: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A run may be made so that its accounting takes long."""
+
+    def solve(_: object) -> None:
+        raise AssertionError("the noise was solved for")
+
+    monkeypatch.setattr(accounting, "solve", solve)
+    task = replace(TASK, spec=private(epsilon=2.75, rounds=77))
+    (rule,) = policy
+    with pytest.raises(PolicyRefused, match=f"^{rule}: [^;]*$"):
+        Consent(rules(**policy, max_epsilon=1.0, min_noise=1.0), tmp_path, None)(task)
+    ask = Consent(rules(max_rounds=100), tmp_path, None)
+    ask(task)
+    ask.release(task, 0, 10)  # the server's noise, which nobody asks for here
+    assert [one.releases for one in Account(tmp_path).released()] == [1]
+
+
+@pytest.mark.parametrize("kind", [TaskKind.EVALUATE, TaskKind.MEASURE])
+@pytest.mark.parametrize("mode", ["central", "local", "example"])
+def test_no_sum_over_the_data_leaves_a_private_run_without_noise(mode: str, kind: TaskKind, tmp_path: Path) -> None:
+    spec = private(mode=mode, epsilon=2.0)
+    what = {TaskKind.EVALUATE: "scores", TaskKind.MEASURE: "statistics of the data"}[kind]
+    ask = Consent(None, tmp_path, None)
+    with pytest.raises(
+        PolicyRefused, match=rf"^the server asks for {what} of a run that says privacy\.dp\.evaluation = 'refuse'$"
+    ):
+        ask(replace(scoring(1), kind=kind, spec=spec))
+    assert Account(tmp_path).total() == Spent(0, 0, 0, 0)
+
+
+def test_nor_does_one_that_the_run_does_not_have(tmp_path: Path) -> None:
+    quiet = validate(RunSpec, {"data": {"features": 3, "classes": 2}, "evaluation": {"every": 0}}, "test")
+    measured = validate(RunSpec, {"data": {"features": 3, "classes": 2, "normalise": "federated"}}, "test")
+    ask = Consent(None, tmp_path, None)
+    with pytest.raises(PolicyRefused, match=r"scores of a run that has evaluation\.every = 0"):
+        ask(replace(scoring(1), spec=quiet))
+    with pytest.raises(PolicyRefused, match=r"statistics of the data of a run that has data\.normalise = 'given'"):
+        ask(replace(TASK, kind=TaskKind.MEASURE))
+    ask(replace(scoring(1)))
+    ask(replace(TASK, kind=TaskKind.MEASURE, spec=measured, key=TaskKey("run-2", 0, 1)))
+    public = private(noise_multiplier=4.0, evaluation="public", every=1)
+    ask(replace(scoring(1), spec=public, key=TaskKey("run-3", 1, 1)))
 
 
 # Whose run it is -----------------------------------------------------------------------------------------------------------
@@ -392,6 +588,35 @@ def test_a_run_keeps_its_signature(tmp_path: Path, ca: Authority, anna: Credenti
 
 
 # The rules, applied ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_its_specification(tmp_path: Path) -> None:
+    """Nobody has signed it, so nothing else keeps the server from showing another."""
+    strong = private(mode="local", rounds=100, noise_multiplier=1e4)
+    weak = private(mode="local", rounds=100, epsilon=2.0)
+    ask = consent(rules(unsigned=True), tmp_path, None)
+    ask(replace(TASK, spec=strong))
+    for _ in range(2):
+        with pytest.raises(PolicyRefused, match="the server shows run run-1 with another specification than before; a"):
+            ask(nth(2, replace(TASK, spec=weak)))
+        ask = consent(rules(unsigned=True), tmp_path, None)  # started again, it remembers
+    with pytest.raises(PolicyRefused, match="another specification"):
+        ask(nth(2))
+    ask(nth(2, replace(TASK, spec=strong)))
+    ask(nth(1, replace(TASK, spec=weak), run="run-2"))
+
+
+def test_an_account_of_before_learns_the_specification_that_it_sees_next(tmp_path: Path) -> None:
+    account = Account(tmp_path)
+    spent(account, nth(1), "")
+    account.close()
+    with sqlite3.connect(account.path) as database:
+        database.execute("DROP TABLE specs")
+    database.close()
+    ask = consent(None, tmp_path, None)
+    ask(nth(2))
+    with pytest.raises(PolicyRefused, match="another specification"):
+        ask(nth(3, replace(TASK, spec=private(noise_multiplier=1.0))))
 
 
 def test_rounds_beyond_the_run_are_refused(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ HISTORY = (
         spread=SPREAD,
         evaluated_examples=40,
         evaluated_clients=2,
+        traffic={"b": (4, 9), "a": (7, 12)},
     ),
 )
 
@@ -52,8 +53,11 @@ def test_a_row_has_each_metric_with_its_spread_and_what_the_round_cost() -> None
         *(("mse", 9.0), ("mse_median", 4.0), ("mse_worst_decile", 70.0)),
         *(("mae", 2.5), ("mae_median", 1.0), ("mae_worst_decile", 7.0)),
         *(("evaluated_examples", 40), ("evaluated_clients", 2)),
-        *(("bytes_up", 11), ("bytes_down", 21), ("seconds", 2.0)),
+        *(("bytes_up", 11), ("bytes_down", 21)),
+        ("traffic", {"a": {"bytes_up": 7, "bytes_down": 12}, "b": {"bytes_up": 4, "bytes_down": 9}}),
+        ("seconds", 2.0),
     ]
+    assert list(second["traffic"]) == ["a", "b"]
     assert list(first) == list(second) == columns(view())
     assert (first["rmse"], first["rmse_median"], first["bytes_up"], first["seconds"]) == (None, None, 10, 1.2346)
 
@@ -62,7 +66,7 @@ def test_csv_and_json_are_read_as_they_were_written() -> None:
     expected = rows(view(*HISTORY))
     assert json.loads(as_json(view(*HISTORY))) == expected
     found = list(csv.DictReader(io.StringIO(as_csv(view(*HISTORY)))))
-    assert [{name: float(cell) if cell else None for name, cell in row.items()} for row in found] == expected
+    assert [{name: json.loads(cell) if cell else None for name, cell in row.items()} for row in found] == expected
 
 
 def test_a_run_without_rounds_has_a_header_and_no_rows() -> None:
@@ -115,4 +119,5 @@ def test_a_file_takes_the_place_of_the_old_one_whole_or_not_at_all(tmp_path: Pat
 
 def test_what_is_drawn_is_finite_or_missing() -> None:
     for row in rows(view(*HISTORY)):
-        assert all(value is None or math.isfinite(value) for value in row.values())
+        figures = [value for name, value in row.items() if name != "traffic"]
+        assert all(value is None or math.isfinite(value) for value in figures)

@@ -20,9 +20,10 @@ from seqfed.common.authority import Authority
 from seqfed.common.errors import ConfigError, InvalidName, MaskingRefused, PolicyRefused, StorageError
 from seqfed.common.identity import Credentials, Role
 from seqfed.common.masking.keys import Signer
-from seqfed.common.masking.messages import Advert, Done, Reply, Survivors
+from seqfed.common.masking.messages import Advert, Done, Survivors
 from seqfed.common.masking.trust import bind
 from seqfed.common.views import TaskKey, TaskKind
+from seqfed.common.wire_masking import Reply
 
 NOW = identity.now()
 KEY_OF_RUN = TaskKey("0123456789abcdef", 1, 1)

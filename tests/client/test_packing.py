@@ -121,6 +121,44 @@ def test_of_runs_long_gone_nothing_is_kept(tmp_path: Path) -> None:
     assert runs[-1] in found
 
 
+def kept(round_: int) -> Flat:
+    return delta(100 + round_)
+
+
+def taken(packer: Packer, round_: int) -> list[float] | None:
+    found = packer.take(task(round_), LAYOUT)
+    return None if found is None else found.tolist()
+
+
+def test_what_a_masked_sum_left_out_is_taken_once(packer: Packer) -> None:
+    assert packer.take(task(1), LAYOUT) is None
+    packer.put_back(RUN)
+    packer.keep(task(1), LAYOUT, kept(1))
+    assert taken(packer, 2) == kept(1).tolist()
+    assert packer.take(task(2), LAYOUT) is None  # it may be in a sum that was opened
+    packer.put_back(RUN)
+    assert packer.take(task(2), LAYOUT) is None
+
+
+def test_what_no_sum_has_is_put_back(packer: Packer) -> None:
+    packer.keep(task(1), LAYOUT, kept(1))
+    for _ in range(2):
+        assert taken(packer, 2) == kept(1).tolist()
+        packer.put_back(RUN)
+    packer.take(task(2), LAYOUT)
+    packer.keep(task(2), LAYOUT, kept(2))
+    packer.put_back("f" * 16)  # of another run
+    assert taken(packer, 3) == kept(2).tolist()
+
+
+def test_what_a_masked_sum_left_out_grows_stale(packer: Packer) -> None:
+    for round_, layout in ((1, LAYOUT), (2 + STALE, LAYOUT), (2, OTHER)):
+        packer.keep(task(1), LAYOUT, kept(1))
+        assert packer.take(task(round_), layout) is None
+    packer.keep(task(1), LAYOUT, kept(1))
+    assert packer.take(task(1 + STALE), LAYOUT) is not None
+
+
 def test_codecs_without_feedback_keep_nothing(tmp_path: Path) -> None:
     packer, codec = Packer(tmp_path / "kept"), Codec("eden1")
     payload = packer.pack(task(1), "ward", LAYOUT, delta(1), codec)

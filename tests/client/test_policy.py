@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from seqfed.client.consent import Account
+from seqfed.client.consent import Account, Consent
 from seqfed.client.policy import Policy, Spent, check, refusals
 from seqfed.client.policy_cli import policy as command
 from seqfed.common.config import load_toml, validate
+from seqfed.common.dp import accounting
 from seqfed.common.errors import ConfigError, PolicyRefused
 from seqfed.common.spec import RunSpec
 from seqfed.common.views import ModelVersion, Task, TaskKey, TaskKind
@@ -248,6 +249,39 @@ def test_a_dry_run_says_what_would_be_refused(tmp_path: Path) -> None:
     }
 
 
+PRIVATE = """
+rounds = 4
+aggregation.weighting = "uniform"
+evaluation.every = 0
+cohort = {{ min_clients = 3 }}
+privacy.dp = {{ delta = 1e-5, {} }}
+"""
+
+
+@pytest.mark.parametrize(
+    ("dp", "limit", "examples", "refused"),
+    [
+        ('mode = "central", noise_multiplier = 4.0', 2.2, None, 0),
+        ('mode = "central", noise_multiplier = 4.0', 1.5, None, 2),  # the run itself, and all together
+        ('mode = "central", mechanism = "ftrl", participations = 1, noise_multiplier = 4.0', 1.8, None, 0),
+        ('mode = "example", noise_multiplier = 4.0', 0.2, None, 0),
+        ('mode = "example", noise_multiplier = 4.0', 0.2, 300, 2),
+        ('mode = "example", noise_multiplier = 4.0', 2.0, 300, 0),
+        ('mode = "example", epsilon = 2.0', 1.0, None, 1),
+        ('mode = "example", epsilon = 2.0', 2.0, 300, 0),
+    ],
+)
+def test_a_dry_run_counts_all_rounds_of_a_private_run(
+    dp: str, limit: float, examples: int | None, refused: int, tmp_path: Path
+) -> None:
+    arguments = written(tmp_path, f"max_epsilon = {limit}", PRIVATE.format(dp))
+    sequences = [] if examples is None else ["--examples", str(examples)]
+    done = CliRunner().invoke(command, [*arguments, *sequences])
+    lines = done.output.splitlines()
+    assert (done.exit_code, len([line for line in lines if "max_epsilon: " in line])) == (bool(refused), refused)
+    assert ("say how many with --examples" in done.output) == ("example" in dp and examples is None)
+
+
 def test_a_dry_run_of_a_run_that_would_be_done(tmp_path: Path) -> None:
     done = CliRunner().invoke(command, written(tmp_path, "max_rounds = 5", "rounds = 5"))
     assert (done.exit_code, done.output) == (0, "run 'run' would be done\n")
@@ -285,6 +319,33 @@ def test_what_was_spent_is_listed_by_operator_and_together(tmp_path: Path) -> No
     lines = CliRunner().invoke(command, ["spent", "--state", str(tmp_path)]).output.splitlines()
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
     assert rows == [["(not signed)", "1", "1", "800"], ["anna", "1", "1", "1,200"], ["all together", "2", "2", "2,000"]]
+
+
+def test_what_was_spent_of_single_sequences_is_computed_of_what_was_done(tmp_path: Path) -> None:
+    spec = run(
+        rounds=4,
+        aggregation={"weighting": "uniform"},
+        evaluation={"every": 0},
+        cohort={"min_clients": 3},
+        privacy={"dp": {"mode": "example", "delta": 1e-5, "epsilon": 2.0}},
+    )
+    task = Task(TaskKind.TRAIN, TaskKey("r" * 16, 1, 1), spec, ModelVersion(0, 400, b"m", b"l"))
+    ask = Consent(None, tmp_path, None, data="wards.csv")
+    for number in (1, 2, 3):
+        turn = replace(task, key=TaskKey("r" * 16, number, 1))
+        ask(turn)
+        ask.release(turn, 0, 300)
+    done = CliRunner().invoke(command, ["spent", "--state", str(tmp_path), "--json"])
+    found = json.loads(done.output)["privacy"]
+    noise = accounting.noise_multiplier(spec, 300)
+    assert noise is not None
+    epsilon = accounting.spent(spec, 3, noise, None, 300)
+    whole = {"unit": "example", "epsilon": pytest.approx(epsilon), "delta": 1e-5, "accountant": "RDP (Opacus)"}
+    of_run = {"run": "r" * 16, "name": "run", "data": "wards.csv", "releases": 3, "noise_multiplier": noise}
+    assert found == {"runs": [{**of_run, **whole}], "totals": [whole]}
+    assert epsilon < 2.0
+    line = CliRunner().invoke(command, ["spent", "--state", str(tmp_path)]).output.splitlines()[-1]
+    assert line == f"differential privacy, unit example: epsilon {epsilon:.4g}, delta 1e-05; RDP (Opacus)"
 
 
 def test_where_nothing_was_spent_nothing_is_made(tmp_path: Path) -> None:

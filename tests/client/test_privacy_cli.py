@@ -135,7 +135,7 @@ async def test_a_report_names_everything_that_an_epsilon_needs(tmp_path: Path) -
     assert told.splitlines()[:6] == [
         f"run {'a' * 16} (wards): central (gaussian)",
         f"  epsilon spent: {epsilon:.4g} of 4, delta 1e-05, after 2 of 5 rounds",
-        "  unit: client: one client's updates, or zeros in their place",
+        "  unit: client: one client in a round's sums, or not",
         f"  noise: multiplier {noise:.4g}, clip 1, cohort 3",
         "  sampling: none: a client may take part in every round",
         "  accountant: exact Gaussian (Balle and Wang 2018)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -22,8 +23,10 @@ from tests.client.ready import Ready
 from tests.client.table import Table, be_in, parties, party, secure_spec, update
 
 from seqfed.client import session as under_test
-from seqfed.client.data import Sequences
+from seqfed.client.consent import Account, Consent
+from seqfed.client.data import ClientData, Sequences
 from seqfed.client.masking import Log, Masking
+from seqfed.client.policy import Policy
 from seqfed.client.secure import Given, contribution
 from seqfed.client.session import (
     BEAT_S,
@@ -38,6 +41,8 @@ from seqfed.client.session import (
     _Hand,
 )
 from seqfed.client.work import LocalUpdate, Workshop
+from seqfed.common.config import validate
+from seqfed.common.dp import accounting
 from seqfed.common.errors import (
     BrokenTransfer,
     ConfigError,
@@ -61,13 +66,13 @@ from seqfed.common.masking.messages import (
     KeyShares,
     MaskedInput,
     Opening,
-    Reply,
-    Request,
     Survivors,
 )
+from seqfed.common.model import layout_of
 from seqfed.common.spec import DataSpec, RunSpec
 from seqfed.common.transfer import CHUNK_BYTES, Reassembly, split
 from seqfed.common.views import MaskingTerms, ModelVersion, Progress, Stage, Task, TaskKey, TaskKind, UpdateHeader
+from seqfed.common.wire_masking import Reply, Request
 
 MODEL = np.arange(400_000, dtype="<f4")  # three chunks and a bit
 VERSION = ModelVersion(0, MODEL.nbytes, blake3(MODEL.tobytes()).digest(), b"layout")
@@ -237,7 +242,7 @@ class Line:
 
     async def submit_update(
         self, header: UpdateHeader, delta: memoryview, size: int, sent: Callable[[int], None]
-    ) -> bool:
+    ) -> float:
         self._server.note("update", (header, size))
         for offset, data in self._server.cut(split(delta, header.offset, size)):
             sent(offset)
@@ -246,7 +251,7 @@ class Line:
         if header.masked_number:
             self._server.tables[header.masked_number].take("ward", bytes(self._server.received))
             self._server.received.clear()
-        return False
+        return 0.0
 
     async def mask(self, key: TaskKey, number: int, step: Request, names: Sequence[str]) -> Reply:
         self._server.note("mask", (key, number, type(step)))
@@ -282,8 +287,8 @@ class Bench:
     client: str = "ward"
     source: Ready = field(default_factory=lambda: Ready(SEQUENCES, SEQUENCES, 1))
 
-    def check(self, task: Task) -> None:
-        pass
+    def check(self, task: Task) -> ClientData:
+        return self.source.prepare(task.spec)
 
     async def _work(
         self, task: Task, stage: Stage, cancelled: Callable[[], bool], tell: Callable[[Progress], None]
@@ -315,6 +320,16 @@ class Bench:
         return {"count.0": 5}
 
 
+@dataclass
+class Says:
+    """Instead of a Consent: what is said of each task."""
+
+    asked: Callable[[Task], None]
+
+    def __call__(self, task: Task, holds: bytes = b"") -> None:
+        self.asked(task)
+
+
 def live(
     monkeypatch: pytest.MonkeyPatch,
     server: Server,
@@ -325,7 +340,7 @@ def live(
     away: Callable[[str], bool] = lambda _: False,
     then: Callable[[Session], Awaitable[None]] | None = None,
     seed: int = 1,
-    consent: Callable[[Task], None] | None = None,
+    consent: Consent | Says | None = None,
     masking: Masking | None = None,
 ) -> None:
     """The client's life for so many seconds; `away`: whether nothing answers at an address just now."""
@@ -345,7 +360,7 @@ def live(
             False,
             dial=dial,
             rng=seeded(seed),
-            consent=consent,
+            consent=cast(Consent, consent),
             masking=masking,
         )
         life = asyncio.ensure_future(client.run())
@@ -506,12 +521,12 @@ def test_a_task_without_consent_touches_neither_the_data_nor_the_model(
     def refuse(_: Task) -> None:
         raise PolicyRefused("max_rounds: 10 rounds in this run, and the limit is 5")
 
-    def check(_: Bench, __: Task) -> None:
+    def check(_: Bench, __: Task) -> ClientData:
         raise AssertionError("the data were read")
 
     monkeypatch.setattr(Bench, "check", check)
     server, bench = Server(tasks=[task]), Bench()
-    live(monkeypatch, server, bench, 20, consent=refuse)
+    live(monkeypatch, server, bench, 20, consent=Says(refuse))
     assert server.all("failure") == [(task.key, PolicyRefused)]
     assert server.all("fetch") == server.all("update") == server.all("evaluation") == bench.begun == []
 
@@ -519,7 +534,7 @@ def test_a_task_without_consent_touches_neither_the_data_nor_the_model(
 def test_consent_is_asked_once_for_each_task_that_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[TaskKey] = []
     server = Server(tasks=[TRAIN, NEXT_EVALUATE], stands=[1.0, 1.0])  # each new connection sends them again
-    live(monkeypatch, server, Bench(seconds=3), 30, consent=lambda task: asked.append(task.key))
+    live(monkeypatch, server, Bench(seconds=3), 30, consent=Says(lambda task: asked.append(task.key)))
     assert asked[:2] == [TRAIN.key, NEXT_EVALUATE.key]
     assert asked.count(TRAIN.key) == len([one for one, _ in server.all("update")])
 
@@ -553,6 +568,21 @@ def test_a_server_that_is_only_busy_says_nothing_about_the_link(monkeypatch: pyt
     assert bytes(server.received) == MODEL.tobytes()
 
 
+@pytest.mark.parametrize("busy_s", [0.0, 96.0])
+def test_of_an_uploads_time_the_servers_is_not_the_links(busy_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def slowly(*_: Any) -> float:
+        await asyncio.sleep(100)
+        return busy_s
+
+    async def then(client: Session) -> None:
+        clients.append(client)
+
+    clients = list[Session]()
+    monkeypatch.setattr(Line, "submit_update", slowly)
+    live(monkeypatch, Server(tasks=[TRAIN]), Bench(), 200, then=then)
+    assert clients[0]._pace.bytes_per_s == pytest.approx(MODEL.nbytes / (100 - busy_s), rel=1e-3)
+
+
 def test_an_upload_that_waits_is_told_although_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server(tasks=[TRAIN], answers={"update": [ServerUnavailable("no room")] * 5})
     live(monkeypatch, server, Bench(), 60)
@@ -562,9 +592,9 @@ def test_an_upload_that_waits_is_told_although_nothing_moves(monkeypatch: pytest
 
 
 def test_a_transfer_is_broken_off_when_its_task_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def hang(*_: Any) -> bool:
+    async def hang(*_: Any) -> float:
         await asyncio.sleep(1e6)
-        return False
+        return 0.0
 
     async def then(client: Session) -> None:
         await asyncio.sleep(10)
@@ -776,6 +806,136 @@ def test_without_a_number_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_p
     live(monkeypatch, server, Bench(), 20, masking=party("ward", tmp_path, {}))
     assert server.all("failure") == [(SECURE.key, MaskingRefused)]
     assert server.all("update") == server.all("mask") == []
+
+
+def private(mode: str, size: int, **dp: Any) -> RunSpec:
+    """Of as many parameters, about."""
+    content = {
+        "rounds": 1,
+        "data": {"features": 1, "classes": 2},
+        "cohort": {"min_clients": 3, "count": 3},
+        "aggregation": {"weighting": "uniform"},
+        "evaluation": {"every": 0},
+        "model": {"hidden": size, "layers": 1},
+        "privacy": {
+            "secure_aggregation": mode == "distributed",
+            **({"b": 18} if mode == "distributed" else {}),
+            "dp": {"mode": mode, "delta": 1e-5, **dp},
+        },
+    }
+    return validate(RunSpec, content, "test")
+
+
+def test_each_masked_sum_is_on_the_account_before_anything_is_in_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A server that opens a sum, answers nobody, and asks for the same round in another one."""
+    spec = private("distributed", 32, noise_multiplier=4.0)
+    model = np.arange(layout_of(spec).size, dtype="<f4")
+    monkeypatch.setattr(sys.modules[__name__], "MODEL", model)
+    version = ModelVersion(0, model.nbytes, blake3(model.tobytes()).digest(), b"layout")
+    tasks = [
+        replace(SECURE, spec=spec, model=version, key=TaskKey("run", 1, place), masking=MaskingTerms(place, 3))
+        for place in range(1, 6)
+    ]
+    tables = [Table(task, 3, model.size) for task in tasks]
+    company = Company(tmp_path, tables)
+    opened = 3
+
+    async def then(client: Session) -> None:
+        await company.join(client)
+        for table, task in zip(tables[:opened], tasks[1:], strict=False):
+            await table.heard(15)  # five steps of three clients: the server can open it
+            client._offer(task)
+
+    limit = accounting.spent(spec, opened, 4.0) * 1.0001
+    consent = Consent(Policy(max_epsilon=limit, unsigned=True), tmp_path / "ward", None)
+    server, bench = Server(tasks=[tasks[0]]), Bench()
+    company.live(monkeypatch, server, bench, 100, then=then, consent=consent)
+    for table in tables[:opened]:
+        table.sums()
+    (found,) = Account(tmp_path / "ward").released()
+    assert (found.releases, [number for number, step in steps(server) if step is Opening]) == (opened, [1, 2, 3])
+    assert bench.anew == [0, 2, 3]  # the fourth is neither made nor given
+    assert {name for name, _ in tables[opened].said} == {"anna", "bert"}
+    assert server.all("failure") == [(tasks[opened].key, PolicyRefused)]
+
+
+@pytest.mark.parametrize("mode", ["local", "example"])
+def test_each_noise_that_is_drawn_is_on_the_account_and_an_update_is_sent_again(
+    mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    task = replace(TRAIN, spec=private(mode, 8, noise_multiplier=8.0))
+
+    async def then(client: Session) -> None:
+        for attempt in range(2, 5):
+            await asyncio.sleep(10)
+            server.received.clear()
+            client._offer(replace(task, key=TaskKey("run", 1, attempt)))
+
+    for life in (1, 2):  # after a restart the update is not there any more, and there is but one noise to a training
+        server, bench = Server(tasks=[task]), Bench()
+        live(monkeypatch, server, bench, 10, then=then, consent=Consent(None, tmp_path, None))
+        assert [header.key.attempt for header, _ in server.all("update")] == [1, 2, 3, 4]
+        assert len({header.digest for header, _ in server.all("update")}) == 1
+        assert bench.done == [task.key]
+        (found,) = Account(tmp_path).released()
+        assert found.releases == life
+
+
+def test_what_is_not_on_the_account_is_not_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the noise follows from the number of sequences, that is only known when the data are read."""
+    task = replace(TRAIN, spec=private("example", 8, noise_multiplier=0.05))
+    server, bench = Server(tasks=[task]), Bench()
+    live(monkeypatch, server, bench, 20, consent=Consent(Policy(max_epsilon=1.0), tmp_path, None))
+    assert server.all("failure") == [(task.key, PolicyRefused)]
+    assert bench.begun == server.all("update") == []
+    assert Account(tmp_path).released() == ()
+
+
+@pytest.mark.parametrize("kind", [TaskKind.EVALUATE, TaskKind.MEASURE])
+@pytest.mark.parametrize("mode", ["central", "local", "example"])
+def test_a_private_run_gets_no_sums_without_noise(
+    mode: str, kind: TaskKind, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    task = replace(TRAIN, kind=kind, spec=private(mode, 8, epsilon=2.0))
+    server, bench = Server(tasks=[task]), Bench()
+    live(monkeypatch, server, bench, 20, consent=Consent(None, tmp_path, None))
+    assert server.all("failure") == [(task.key, PolicyRefused)]
+    assert server.all("evaluation") == server.all("fetch") == bench.begun == []
+
+
+@pytest.mark.parametrize(
+    ("dp", "told"),
+    [
+        (None, "the loss became inf after 64 examples"),
+        ({"evaluation": "public"}, "the loss became inf after 64 examples"),
+        ({}, "the client's log has the reason"),
+    ],
+)
+def test_of_a_failure_a_private_run_learns_the_name(
+    dp: dict[str, Any] | None, told: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def report(line: Line, key: TaskKey, error: SeqfedError) -> None:
+        line._server.note("failure", (type(error), str(error)))
+
+    task = TRAIN if dp is None else replace(TRAIN, spec=private("local", 8, noise_multiplier=8.0, **dp))
+    monkeypatch.setattr(Line, "report_failure", report)
+    server = Server(tasks=[task])
+    live(monkeypatch, server, Bench(error=TrainingFailed("the loss became inf after 64 examples")), 20)
+    assert server.all("failure") == [(TrainingFailed, told)]
+    assert "the loss became inf after 64 examples" in caplog.text
+
+
+@pytest.mark.parametrize("error", [PolicyRefused("max_rounds: 9"), ConfigError("pip install"), MaskingRefused("no")])
+def test_what_rules_say_is_told_of_private_runs_too(error: SeqfedError, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def report(line: Line, key: TaskKey, error: SeqfedError) -> None:
+        line._server.note("failure", str(error))
+
+    monkeypatch.setattr(Line, "report_failure", report)
+    server = Server(tasks=[replace(TRAIN, spec=private("local", 8, noise_multiplier=8.0))])
+    live(monkeypatch, server, Bench(error=error), 20)
+    assert server.all("failure") == [str(error)]
 
 
 def test_an_update_of_before_does_not_outlive_another_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

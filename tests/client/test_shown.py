@@ -165,7 +165,7 @@ def test_tasks_for_programs() -> None:
 
 
 def test_tasks_for_people() -> None:
-    shown = text(live(replace(view(), tasks=TASKS, deadline_s=600.0), []))
+    shown = text(live(replace(view(), tasks=TASKS, deadline_s=600.0), [], {}))
     assert "training, deadline in 10 min" in shown
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
     assert rows[-4:] == [  # who is waited for most first: away, silent, at the beginning
@@ -178,7 +178,7 @@ def test_tasks_for_people() -> None:
 
 def test_of_many_tasks_the_slowest_are_shown() -> None:
     tasks = [TaskView(f"c{place}", 3, Progress(Stage.TRAINING, place, 100), 0.0, connected=True) for place in range(40)]
-    shown = text(live(replace(view(), tasks=tuple(tasks)), []))
+    shown = text(live(replace(view(), tasks=tuple(tasks)), [], {}))
     assert [f"c{place} " in shown for place in range(40)] == [True] * 12 + [False] * 28
     assert "and 28 more" in shown
 
@@ -223,6 +223,18 @@ def test_progress_shows_the_newest_rounds_and_the_one_under_way() -> None:
     ]
     assert "2/3" in text(progress_table(view(), []))
     assert "2/3" not in text(progress_table(view(ended=True), []))
+
+
+def test_what_each_client_moved_both_ways() -> None:
+    rounds = [replace(RECORD, round=1, traffic={"a": (1, 2), "b": (3_000, 4_000)}), RECORD]
+    shown = text(live(view(), rounds, {"a": (8, 10), "b": (3_000, 4_000)}))
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    assert lines[-2:] == [["b", "0 B", "0 B", "3.0 kB", "4.0 kB"], ["a", "7 B", "8 B", "8 B", "10 B"]]
+    many = {f"site-{number:03}": (number, 0) for number in range(40)}
+    shown = text(live(view(), rounds, many))
+    assert "site-039" in shown
+    assert "site-027" not in shown
+    assert "and 28 more" in shown
 
 
 def test_clients() -> None:

@@ -1,4 +1,4 @@
-"""A run followed where there is no terminal: what is worth a line, and what goes on by itself."""
+"""A run followed: without a terminal, what is worth a line, and on one, what each client has moved; what goes on by itself."""
 
 from __future__ import annotations
 
@@ -101,3 +101,16 @@ async def test_a_paused_run_is_watched_on_and_through_another_server(monkeypatch
     last = await follow(cast(Operator, operator), "trial", console=console, paused=lambda view: told.append(view.phase))
     assert (operator.turns, told) == (1, ["paused", "paused"])
     assert (last.phase, last.history) == ("finished", (ROUND,))
+
+
+async def test_on_a_terminal_each_clients_bytes_add_up_over_the_rounds() -> None:
+    class Rounds:
+        async def watch(self, _: str, __: int) -> AsyncIterator[RunView]:
+            for number, traffic in ((1, {"ward": (1_000, 2_000)}), (2, {"ward": (3_000, 5_000), "desk": (9, 0)})):
+                yield replace(view(ended=number == 2), history=(replace(RECORD, round=number, traffic=traffic),))
+
+    file = io.StringIO()
+    console = Console(file=file, width=200, force_terminal=True, color_system=None)
+    await follow(cast(Operator, Rounds()), "trial", console=console)
+    last = [[cell.strip() for cell in line.split("│")[1:-1]] for line in file.getvalue().splitlines() if "│" in line]
+    assert last[-2:] == [["ward", "3.0 kB", "5.0 kB", "4.0 kB", "7.0 kB"], ["desk", "9 B", "0 B", "9 B", "0 B"]]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from seqfed.common.config import load_toml
-from seqfed.common.spec import RunSpec
+from seqfed.common.dp import accounting
+from seqfed.common.spec import DPSpec, RunSpec
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -35,6 +36,25 @@ def test_the_keys_without_a_value_in_run_toml_are_keys() -> None:
     assert {"columns", "epochs", "buffer", "max_weight", "patience", "min_survivors"} <= commented
     every = {name for one in RunSpec.model_json_schema()["$defs"].values() for name in one["properties"]}
     assert commented <= every
+
+
+def test_every_key_of_a_run_stands_in_run_toml() -> None:
+    text = (EXAMPLES / "run.toml").read_text()
+    given = set(re.findall(r"^(?:# )?\[?(?:\w+\.)?(\w+)(?: =|\])", text, re.MULTILINE))
+    schema = RunSpec.model_json_schema()
+    every = {name for one in (schema, *schema["$defs"].values()) for name in one["properties"]}
+    assert every - given == {"tensors"}  # filled in by `seqfed submit`
+
+
+def test_run_private_toml_is_a_run_that_has_an_epsilon() -> None:
+    spec = load_toml(RunSpec, EXAMPLES / "run-private.toml")
+    plan = accounting.plan(spec)
+    assert plan.epsilon is not None
+    assert 0.99 * 8 < plan.epsilon <= 8
+    text = (EXAMPLES / "run-private.toml").read_text()
+    assert set(re.findall(r"^(?:# )?(\w+) = ", text[text.index("[privacy.dp]") :], re.MULTILINE)) == set(
+        DPSpec.model_fields
+    )
 
 
 def test_run_secure_toml_is_a_run() -> None:

@@ -39,8 +39,9 @@ def test_canonical_json_is_what_peers_and_stored_runs_have() -> None:
         b'"aggregation":{"weighting":"examples","max_weight":null,"max_norm":null,"over_norm":"clip"},'
         b'"evaluation":{"every":1},'
         b'"convergence":null,'
-        b'"privacy":{"secure_aggregation":false,"mode":"malicious","min_survivors":3,"b":16,"clip":10.0,"drop":0.05,"step_s":60.0,"dp":null},'
-        b'"compression":{"upload":"none","fraction":null,"bits":null,"rank":null,"download":"none"}}'
+        b'"privacy":{"secure_aggregation":false,"mode":"malicious","min_survivors":3,"b":16,"clip":10.0,"drop":0.05,"step_s":60.0,'
+        b'"homomorphic":false,"dp":null},'
+        b'"compression":{"upload":"none","fraction":null,"bits":null,"wrap":null,"rank":null,"download":"none"}}'
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -101,6 +102,39 @@ def test_chunks_are_a_seconds_worth(nbytes: int, seconds: float, size: int, monk
     pace = Pace()
     pace.timed(nbytes, seconds)
     assert pace.size >> 10 == size
+
+
+def test_how_wide_the_way_up_is_slow_uploads_tell() -> None:
+    pace = Pace()
+    assert pace.bytes_per_s == math.inf
+    pace.carried(5_000_000, 0.1)
+    assert pace.bytes_per_s == math.inf  # it has never been too narrow
+    for nbytes, seconds in ((9_000_000, 9.0), (7_000, 7.0), (1, 0.5)):
+        pace.carried(nbytes, seconds)
+        assert pace.bytes_per_s == nbytes / seconds
+
+
+def test_a_short_upload_tells_what_the_way_carries_at_least_and_is_trusted_a_little_more_each_time() -> None:
+    pace = Pace()
+    pace.carried(1_000_000, 10.0)
+    pace.carried(1_000, 0.4)
+    assert pace.bytes_per_s == pytest.approx(125_000)
+    pace.carried(1_000, 0.4)
+    assert pace.bytes_per_s == pytest.approx(156_250)
+    pace.carried(300_000, 0.3)
+    assert pace.bytes_per_s == pytest.approx(1_000_000)
+    for nothing in ((0, 3.0), (5, 0.0), (5, -1.0)):
+        pace.carried(*nothing)
+        assert pace.bytes_per_s == pytest.approx(1_000_000)
+
+
+def test_downloads_stand_for_uploads_only_until_there_is_one() -> None:
+    pace = Pace()
+    pace.timed(1_000_000, 2.0)
+    assert pace.bytes_per_s == 500_000
+    pace.carried(1_000, 1.0)
+    pace.timed(1_000_000, 0.1)
+    assert pace.bytes_per_s == 1_000
 
 
 def test_too_few_bytes() -> None:

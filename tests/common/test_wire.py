@@ -47,7 +47,7 @@ digests = st.binary(max_size=32)
 steps = st.lists(st.builds(views.ModelStep, u32, digests, u64, digests, digests), max_size=3).map(tuple)
 versions = st.builds(views.ModelVersion, u32, u64, digests, digests, digests, steps)
 signatures = st.binary(max_size=72)
-masking = st.none() | st.builds(views.MaskingTerms, u64, u32)
+masking = st.none() | st.builds(views.MaskingTerms, u64, u32, st.binary(max_size=20))
 tasks = st.builds(
     views.Task,
     st.sampled_from(views.TaskKind),
@@ -207,4 +207,10 @@ def test_words_of_a_peer_are_made_clean_or_refused(text: str) -> None:
 def test_what_a_chunk_has_on_the_wire_is_reckoned_right(offset: int, size: int) -> None:
     chunk = federation_pb2.Chunk(offset=offset, data=bytes(size))
     assert wire.chunk_bytes(offset, size) == chunk.ByteSize()
-    assert wire.part_bytes(chunk.ByteSize()) == wire.framed(federation_pb2.SubmitUpdateRequest(chunk=chunk))
+    message = federation_pb2.SubmitUpdateRequest(chunk=chunk)
+    assert wire.part_bytes(chunk.ByteSize()) == wire.on_wire(message.ByteSize())
+
+
+def test_a_message_has_a_prefix_and_as_many_frames_as_it_takes() -> None:
+    most = 16_384 - 5
+    assert [wire.on_wire(size) for size in (0, 1, most, most + 1)] == [14, 15, 16_384 + 9, 16_385 + 18]

@@ -16,10 +16,11 @@ PAGE = 4096  # bytes; every region is made of them
 
 @dataclass
 class Line:
-    """A way to a server. `heard`: what has gone to it, connection by connection."""
+    """A way to a server. `heard`: what has gone to it, connection by connection; `answered`: what has come back."""
 
     address: str = ""
     heard: list[bytearray] = field(default_factory=list)
+    answered: list[bytearray] = field(default_factory=list)
 
     def holds(self, needle: bytes) -> bool:
         return any(needle in one for one in self.heard)
@@ -36,10 +37,11 @@ async def tapped(server: str) -> AsyncIterator[Line]:
         assert own is not None
         tasks.add(own)
         there, back = await asyncio.open_connection(host, int(port))
-        heard = bytearray()
+        heard, answered = bytearray(), bytearray()
         line.heard.append(heard)
+        line.answered.append(answered)
         with contextlib.suppress(OSError, asyncio.CancelledError):
-            await asyncio.gather(_pass(reader, back, heard), _pass(there, writer, None))
+            await asyncio.gather(_pass(reader, back, heard), _pass(there, writer, answered))
         back.close()
         writer.close()
 
@@ -54,10 +56,9 @@ async def tapped(server: str) -> AsyncIterator[Line]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, into: bytearray | None) -> None:
+async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, into: bytearray) -> None:
     while data := await reader.read(PIECE):
-        if into is not None:
-            into += data
+        into += data
         writer.write(data)
         await writer.drain()
     writer.close()

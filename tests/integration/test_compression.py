@@ -26,7 +26,8 @@ from seqfed.client.masking import masking_of
 from seqfed.client.packing import Packer
 from seqfed.client.session import Session
 from seqfed.client.work import LocalUpdate, Workshop
-from seqfed.common.compression import Codec, Key, decode, encode, header, largest, rotsub
+from seqfed.common import quantising
+from seqfed.common.compression import Codec, Key, decode, encode, header, largest, lowrank, rotsub
 from seqfed.common.compression.chosen import uploads
 from seqfed.common.errors import (
     BrokenTransfer,
@@ -38,11 +39,13 @@ from seqfed.common.errors import (
     UpdateOutOfRange,
 )
 from seqfed.common.layout import Flat
+from seqfed.common.masking.messages import KeyShares
 from seqfed.common.model import initial_parameters, layout_of
+from seqfed.common.quantising import Lattice
 from seqfed.common.seeds import derive, generator
 from seqfed.common.spec import RunSpec
 from seqfed.common.transfer import CHUNK_BYTES
-from seqfed.common.views import ModelStep, RoundRecord, TaskKind, UpdateHeader
+from seqfed.common.views import ModelStep, RoundRecord, Task, TaskKey, TaskKind, UpdateHeader
 from seqfed.server import steps
 
 CLIENTS = ("a", "b", "c")
@@ -277,7 +280,7 @@ async def test_whether_an_update_counted_is_asked_where_the_answer_was_lost(
     spec = spec_of(CODECS["topk"][0], aggregation={"weighting": "uniform"})
     submit, lost = Connection.submit_update, list[int]()
 
-    async def unheard(self: Connection, header: UpdateHeader, *rest: Any) -> bool:
+    async def unheard(self: Connection, header: UpdateHeader, *rest: Any) -> float:
         found = await submit(self, header, *rest)
         if header.weight == 7 and header.key.round in {1, 3}:
             lost.append(header.key.round)
@@ -313,38 +316,176 @@ async def test_left_to_the_client_a_small_update_goes_whole(daemon: Daemon) -> N
 # Masked sums ----------------------------------------------------------------------------------------------------------
 
 
-def masked_replay(spec: RunSpec, records: Iterable[RoundRecord]) -> Flat:
-    """As `maskers.replayed`, of a part of the rotated numbers."""
-    private, model = spec.privacy, initial_parameters(spec).flat
+WIDE = {"kind": "rnn", "hidden": 64, "layers": 1}  # 4,482 numbers
+# Settings, and the bits of a number in a sum of four.
+MASKED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "rotq8": ({"upload": "rotq8"}, {}, 10),
+    "rotq4": ({"upload": "rotq4"}, {}, 6),
+    "rotsub": ({"upload": "rotsub", "fraction": 0.25}, {"b": 8}, 8),
+    "rotsub, tuned": ({"upload": "rotsub", "fraction": 0.25, "wrap": 6e-5}, {}, 5),
+    "all of it, tuned": ({"upload": "rotsub", "fraction": 1.0, "wrap": 1e-3}, {"b": 6}, 6),
+    "powersgd": ({"upload": "powersgd", "rank": 2}, {"b": 12}, 12),
+}
+
+
+def masked_replay(spec: RunSpec, bits: int, records: Iterable[RoundRecord]) -> Flat:
+    """As `maskers.replayed`, of what the uploads are."""
+    given, private, model = spec.compression, spec.privacy, initial_parameters(spec).flat
+    deviation: float | None = None
+    factor: Flat | None = None
+    left = {client: np.zeros_like(model) for client in "abcd"}
     for record in records:
-        part = rotsub.bounded(len(model), 0.25, private.b, len(record.cohort), private.clip)
-        seed = derive(spec.seed, record.round, "rotation")
-        total, weights = np.zeros(part.size, np.int64), 0
+        code: Any = rotsub if given.upload == "rotsub" else quantising
+        how: Any
+        seed, clients, size = derive(spec.seed, record.round, "rotation"), len(record.cohort), len(model)
+        updates = {client: delta_of(client, record.round, model) for client in record.folded}
+        side = None
+        if given.upload == "powersgd":
+            side = lowrank.side(lowrank.Plan(layout_of(spec), given.rank or 4), record.round, factor, spec.seed)
+            for client, delta in updates.items():
+                whole, _ = quantising.shortened(delta + left[client], private.clip)
+                updates[client] = side.project(whole)
+                left[client] = whole - side.rebuild(updates[client])
+            how = Lattice(side.size, bits, quantising.levels(bits, clients), private.clip)
+        elif given.fraction is None:
+            how = Lattice(size, bits, {"rotq8": 127, "rotq4": 7}[given.upload], private.clip)
+        elif given.wrap is None:
+            how = rotsub.bounded(size, given.fraction, bits, clients, private.clip)
+        else:
+            how = rotsub.tuned(size, given.fraction, bits, clients, private.clip, deviation, given.wrap)
+        total, weights = np.zeros(how.size if isinstance(how, rotsub.Part) else how.dim, np.int64), 0
         for client in record.folded:
             weight = min(examples_of(client), 25)
             rounding = generator(spec.seed, record.round, client, "rounding")
-            residues, _ = rotsub.quantise(delta_of(client, record.round, model), weight / 25, part, seed, rounding)
+            residues, _ = code.quantise(updates[client], weight / 25, how, seed, rounding)
             total += residues.astype(np.int64)
             weights += weight
-        residues = (total % (1 << private.b)).astype(part.dtype)
-        model = model + rotsub.decode(residues, part, seed, clients=len(record.folded), weight=weights, max_weight=25)
+        residues = (total % (1 << bits)).astype(how.dtype)
+        if given.wrap is not None:
+            deviation = rotsub.deviation_of(residues, how, len(record.folded))
+        mean = code.decode(residues, how, seed, clients=len(record.folded), weight=weights, max_weight=25)
+        if side is not None:
+            factor, mean = mean[: side.factor], side.rebuild(mean)
+        model = model + mean
     return model
 
 
-async def test_a_masked_sum_is_of_a_part(daemon: Daemon, tmp_path: Path) -> None:
-    names = "abcd"
-    compression = {"upload": "rotsub", "fraction": 0.25}
-    spec = masked_spec(model={"kind": "rnn", "hidden": 64, "layers": 1}, privacy={"b": 8}, compression=compression)
-    introduce(tmp_path, names)
-    sessions = [
-        masked_session(Masker(name), daemon.address, masking_of(name, tmp_path / name, None, tmp_path / "peers.toml"))
+def maskers_of(address: str, folder: Path, names: str) -> list[Session]:
+    introduce(folder, names)
+    return [
+        masked_session(Masker(name), address, masking_of(name, folder / name, None, folder / "peers.toml"))
         for name in names
+    ]
+
+
+@pytest.mark.parametrize(("compression", "private", "bits"), MASKED.values(), ids=MASKED)
+async def test_a_masked_run_is_what_its_uploads_functions_come_to(
+    daemon: Daemon, tmp_path: Path, compression: dict[str, Any], private: dict[str, Any], bits: int
+) -> None:
+    spec = masked_spec(
+        rounds=4,
+        model=WIDE,
+        evaluation={"every": 0},
+        privacy=private,
+        compression=compression,
+    )
+    async with running(*maskers_of(daemon.address, tmp_path, "abcd")):
+        run = (await daemon.submit(spec)).run
+        view = await daemon.end(run)
+    assert (view.phase, view.reason) == ("finished", "all 4 rounds are done")
+    assert (await model_of(daemon, run, spec)).tobytes() == masked_replay(spec, bits, view.history).tobytes()
+    size, plan = compression.get("fraction", 1.0) * layout_of(spec).size, lowrank.Plan(layout_of(spec), 2)
+    for record in view.history:
+        if compression["upload"] == "powersgd":
+            size = (plan.first if record.round % 2 else plan.middle) + plan.whole
+        assert 0 < record.bytes_up / 4 - size * bits / 8 < 4000  # beside the numbers: keys, shares, signatures
+
+
+@pytest.mark.parametrize("name", ["rotsub, tuned", "powersgd"])
+async def test_a_killed_server_goes_on_with_what_the_last_sum_told(
+    tmp_path: Path, servers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("seqfed.client.session.LONGEST_WAIT", 0.2)  # seconds between two dials
+    compression, private, bits = MASKED[name]
+    spec = masked_spec(
+        rounds=4,
+        model=WIDE,
+        evaluation={"every": 0},
+        privacy=private,
+        compression=compression,
+        cohort={"count": 4, "min_clients": 4},
+    )
+    address = await start(servers, tmp_path, "0", [*KILLED, "model-committed", "2"])
+    async with running(*maskers_of(address, tmp_path, "abcd")):
+        run = await submitted(address, spec)
+        seeing = asyncio.create_task(seen_through(address, run))
+        assert await asyncio.to_thread(servers[0].wait) == -9
+        await start(servers, tmp_path, address.rpartition(":")[2], CHILD)
+        view, records = await soon(seeing)
+        assert view.phase == "finished"
+        model = await exported(address, run, spec, tmp_path)
+    history = [one for _, one in sorted(records.items())]
+    assert model.tobytes() == masked_replay(spec, bits, history).tobytes()
+    left = sorted(path.suffix for path in (tmp_path / "state" / "models" / run).iterdir())
+    assert left.count(".known") <= 2
+
+
+async def test_what_was_left_out_comes_back_from_a_sum_that_came_to_nothing(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compression, private, bits = MASKED["powersgd"]
+    spec = masked_spec(
+        survivors=4,
+        rounds=3,
+        model=WIDE,
+        evaluation={"every": 0},
+        privacy={**private, "step_s": 1.0},
+        compression=compression,
+    )
+    mask, held = Connection.mask, list[int]()
+
+    async def holding(self: Connection, key: TaskKey, number: int, step: Any, *rest: Any) -> Any:
+        if isinstance(step, KeyShares) and key.round == 2 and not held:
+            held.append(number)
+            await asyncio.Event().wait()  # until the sum is given up for another
+        return await mask(self, key, number, step, *rest)
+
+    monkeypatch.setattr(Connection, "mask", holding)
+    async with running(*maskers_of(daemon.address, tmp_path, "abcd")):
+        run = (await daemon.submit(spec)).run
+        view = await daemon.end(run)
+    assert (view.phase, held) == ("finished", [2])
+    assert (await model_of(daemon, run, spec)).tobytes() == masked_replay(spec, bits, view.history).tobytes()
+
+
+async def test_a_sum_that_outgrew_its_step_leaves_the_model_as_it_is(
+    daemon: Daemon, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the steps after it are larger until they suffice."""
+
+    class Growing(Masker):
+        def train(self, task: Task, *given: Any, **more: Any) -> LocalUpdate:  # pyright: ignore[reportIncompatibleMethodOverride]
+            found = super().train(task, *given, **more)
+            return replace(found, delta=found.delta * np.float32(0.05 if task.key.round < 4 else 1.0))
+
+    spec = masked_spec(
+        rounds=8,
+        model=WIDE,
+        evaluation={"every": 0},
+        compression=MASKED["rotsub, tuned"][0],
+    )
+    introduce(tmp_path, "abcd")
+    sessions = [
+        masked_session(Growing(one), daemon.address, masking_of(one, tmp_path / one, None, tmp_path / "peers.toml"))
+        for one in "abcd"
     ]
     async with running(*sessions):
         run = (await daemon.submit(spec)).run
         view = await daemon.end(run)
-    assert (view.phase, view.reason) == ("finished", "all 3 rounds are done")
-    assert (await model_of(daemon, run, spec)).tobytes() == masked_replay(spec, view.history).tobytes()
+    assert (view.phase, view.reason) == ("finished", "all 8 rounds are done")
+    told = [one.getMessage() for one in caplog.records if "the model stays as it is" in one.getMessage()]
+    assert 1 <= len(told) <= 4
+    assert [one.round for one in view.history] == list(range(1, 9))
 
 
 # Downloads ------------------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ async def test_what_was_spent_outlives_a_client_and_a_run(place: Place) -> None:
     async with a_server(place) as server, operating(server.address, False, alice) as calls:
         first = client(place, server.address, Formula("a"), policy)
         assert first._consent is not None
-        consent = cast(Consent, first._consent)
+        consent = first._consent
         async with running(first, client(place, server.address, Formula("b"), None)):
             run = (await calls.submit(spec_of(), None)).run
             await until(calls, run, "finished")

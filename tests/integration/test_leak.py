@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from seqfed.common.masking.agreed import mechanism_of, rotation_seed, terms_of
 from seqfed.common.masking.terms import Purpose, Terms
 from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.schema import DataSchema
-from seqfed.common.spec import RunSpec
+from seqfed.common.spec import DPSpec, RunSpec
 from seqfed.common.views import MaskingTerms, ModelVersion, Task, TaskKey, TaskKind
 from seqfed.server import fedavg, private
 
@@ -175,7 +176,7 @@ def audited(noise_multiplier: float) -> tuple[float, float]:
     """An empirical lower bound of epsilon, wrong with a probability of 2e-6 at most (Jagielski et al. 2020), and the share of
     canaries that are found less the share of runs without one that are held to have it.
 
-    Half of the runs have a client with a text of its own (the canary) in each round, the others a zero in its place. Whoever
+    Half of the runs have a client with a text of its own (the canary) in each round, the others are without it. Whoever
     attacks sees all models and knows all but that: the most that differential privacy allows for. It decides by the likelihood
     ratio of the models, whose noise is Gaussian around the one or the other sum.
     """
@@ -234,3 +235,149 @@ def test_a_canary_is_found_as_often_as_epsilon_allows_and_without_noise_always()
     # the attack is the best there is: through the noise, too, it finds as many as it can (0.28, within 4.9 deviations)
     best = 2 * stats.norm.cdf(math.sqrt(ROUNDS) / multiplier / 2) - 1
     assert advantage_ == pytest.approx(best, abs=float(stats.norm.isf(WORST / 2)) * math.sqrt(0.5 / RUNS))
+
+
+# The same off so many releases that little noise too few shows -----------------------------------------------------------
+
+COPIES = 200  # releases whose noise is drawn at once
+SEQUENCES = 6  # of a client of mode "example"
+
+
+class Attack(NamedTuple):
+    """trials: with a canary, and as many without. alarms: share of those without that are held to have one. too_little: share of
+    the noise with which epsilon is not kept, and that is seen. near: the bound is more than so much of what is claimed.
+    """
+
+    releases: Callable[[RunSpec, float, list[Flat], Flat, bool, int], NDArray[np.float64]]
+    trials: int
+    alarms: float
+    too_little: float
+    near: float
+
+
+def claiming(mode: str) -> RunSpec:
+    """A run that says epsilon 2 of all its rounds."""
+    masks = {"secure_aggregation": True, "min_survivors": OTHERS + 1, "b": 18} if mode == "distributed" else {}
+    kind = {"mode": "central", "mechanism": "ftrl"} if mode == "ftrl" else {"mode": mode}
+    return spec_of(
+        {**masks, "dp": {**kind, "epsilon": 2.0, "delta": DELTA, "clip": CLIP}},
+        rounds=2 if mode == "ftrl" else 1,
+        model={"kind": "gru", "hidden": 4, "layers": 1, "embedding": 3},
+        cohort={"min_clients": OTHERS + 1, "count": OTHERS + 1},
+    )
+
+
+def off_sums(
+    spec: RunSpec, multiplier: float, known: list[Flat], canary: Flat, there: bool, trials: int
+) -> NDArray[np.float64]:
+    """The server's noise on the canary's round, or on two rounds of a tree: model by model, that of the second twice as far."""
+    total = folded([*known, canary] if there else known).total
+    base, own = folded(known).total / 2.0**30, folded([canary]).total / 2.0**30
+    found = []
+    for trial in range(trials // COPIES):
+        key, score, seen = derived(bytes(32), "sums", trial, there), np.zeros(COPIES), np.zeros((COPIES, own.size))
+        for round_ in range(1, spec.rounds + 1):
+            sum_ = fedavg.empty(COPIES * own.size)
+            sum_.total[:], sum_.weight = np.tile(total, COPIES), OTHERS + there
+            private.noise_sum(sum_, CLIP, multiplier, 1, key, tree_round=round_ if spec.rounds > 1 else None)
+            seen += sum_.total.reshape(COPIES, -1) / 2.0**30 - base
+            score += round_ * (seen @ own)
+        found.append(score)
+    return np.concatenate(found)
+
+
+def off_masked_sums(
+    spec: RunSpec, multiplier: float, known: list[Flat], canary: Flat, there: bool, trials: int
+) -> NDArray[np.float64]:
+    """All clients' noise but that of one who helps the server. In place of the canary there is a client with a zero."""
+    mechanism = accounting.mechanism(spec, multiplier)
+    own, _ = skellam.encode(canary, mechanism, 5, fresh_key(), noisy=False)
+    places = 1 << mechanism.bits
+    shift = (own.astype(np.int64) + places // 2) % places - places // 2
+    found = np.empty(trials)
+    for trial in range(trials):
+        total = np.zeros(own.shape, own.dtype)
+        for nth, one in enumerate((known[1], canary if there else np.zeros_like(canary))):
+            total += skellam.encode(one, mechanism, 5, derived(bytes(32), "masked", trial, there, nth))[0]
+        found[trial] = ((total.astype(np.int64) + places // 2) % places - places // 2) @ shift
+    return found
+
+
+def off_updates(
+    spec: RunSpec, multiplier: float, _: list[Flat], canary: Flat, there: bool, trials: int
+) -> NDArray[np.float64]:
+    """One client's update, or the opposite one."""
+    less = spec.model_copy(update={"privacy": spec.privacy.model_copy(update={"dp": given(spec, multiplier)})})
+    update = canary if there else -canary
+    own = canary.astype(np.float64)
+    return np.array([float(Workshop._hidden(update, less) @ own) for _ in range(trials)])
+
+
+def off_steps(
+    spec: RunSpec, multiplier: float, _: list[Flat], __: Flat, there: bool, trials: int
+) -> NDArray[np.float64]:
+    """One step of DP-SGD on all sequences, of which the last is the canary or missing."""
+    less = spec.model_copy(update={"privacy": spec.privacy.model_copy(update={"dp": given(spec, multiplier)})})
+    flat, rate = initial_parameters(spec).flat, spec.training.learning_rate
+    others, single = text(0, SEQUENCES - 1), text(99, 1, 2)
+    alone = trained(spec_of(model=spec.model.model_dump()), single, flat).delta.astype(np.float64)
+    rows = np.concatenate([others.rows, single.rows]) if there else others.rows
+    size = len(rows) // 13
+    data = Sequences(rows, np.arange(size, dtype=np.int64) * 13, np.full(size, 12), target="next token")
+    shop = Workshop("ward", Text(data, data))
+    found = np.empty(trials)
+    for trial in range(trials):
+        update = shop.train(task_of(less), flat, lambda: False)
+        assert update is not None
+        found[trial] = update.delta @ alone * (size / rate)
+    return found
+
+
+def given(spec: RunSpec, multiplier: float) -> DPSpec:
+    assert spec.privacy.dp is not None
+    return spec.privacy.dp.model_copy(update={"noise_multiplier": multiplier})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("mode", "attack"),
+    [
+        ("central", Attack(off_sums, 20_000, 0.005, 0.6, 0.4)),
+        ("ftrl", Attack(off_sums, 20_000, 0.005, 0.6, 0.4)),
+        ("distributed", Attack(off_masked_sums, 4_000, 0.02, 0.35, 0.1)),
+        # these two have noise of the system's randomness, another each time: their margins are wider
+        ("local", Attack(off_updates, 20_000, 0.005, 0.5, 0.2)),
+        ("example", Attack(off_steps, 300, 0.01, 0.1, -3.0)),
+    ],
+)
+def test_many_attacks_bound_epsilon_from_below(mode: str, attack: Attack) -> None:
+    """By the likelihood ratio, at few false alarms, where the bound is nearest: what is claimed is kept, and too little noise is
+    seen.
+    """
+    spec = claiming(mode)
+    flat = initial_parameters(spec).flat
+    plain = spec_of(model=spec.model.model_dump(), training={"optimizer": "sgd", "learning_rate": 2.0, "batch_size": 2})
+    canary, *known = (trained(plain, one, flat).delta.copy() for one in (text(99, 4, 2), text(0, 4), text(1, 4)))
+    assert np.linalg.norm(canary) > CLIP
+    examples = SEQUENCES if mode == "example" else None
+    multiplier = accounting.noise_multiplier(spec, examples)
+    assert multiplier is not None
+    claimed, bounds = accounting.spent(spec, spec.rounds, multiplier, examples=examples), list[float]()
+    assert 1.98 < claimed <= 2
+    for share in (1.0, attack.too_little):
+        there, not_there = (
+            attack.releases(spec, share * multiplier, known, canary, one, attack.trials) for one in (True, False)
+        )
+        # Where noise that is due has so many false alarms; the attacker knows its law, and nothing of these releases.
+        middle, spread = float(np.mean(not_there)), float(np.std(not_there))
+        bounds.append(least_epsilon(there, not_there, middle + spread * float(stats.norm.isf(attack.alarms))))
+    assert attack.near * claimed < bounds[0] < claimed < bounds[1]
+
+
+def least_epsilon(there: NDArray[np.float64], not_there: NDArray[np.float64], threshold: float) -> float:
+    """Of which epsilon is not below, but for a chance of 2e-6 (Clopper and Pearson 1934)."""
+    hits, alarms = int((there > threshold).sum()), int((not_there > threshold).sum())
+    least = float(stats.beta.ppf(WORST, hits, len(there) - hits + 1))
+    most = float(stats.beta.ppf(1 - WORST, alarms + 1, len(not_there) - alarms))
+    return math.log(max(least - DELTA, 1e-9) / most)

@@ -26,7 +26,7 @@ from seqfed.client.admin import Operator, operating
 from seqfed.client.data import Sequences
 from seqfed.client.masking import masking_of
 from seqfed.client.work import LocalUpdate, Workshop
-from seqfed.common import checkpoint
+from seqfed.common import checkpoint, quantising
 from seqfed.common.dp import accounting, skellam
 from seqfed.common.errors import MaskingFailed
 from seqfed.common.layout import Flat
@@ -116,13 +116,14 @@ async def federation(folder: Path, *workshops: Any) -> AsyncIterator[Operator]:
 
 
 async def ended(
-    operator: Operator, spec: RunSpec, folder: Path
+    operator: Operator, spec: RunSpec, folder: Path, reasons: set[str] | None = None
 ) -> tuple[RunView, list[RoundRecord], NDArray[np.float64]]:
     """A new run up to its end, its rounds, and how far its model has moved."""
     run, records, view = (await operator.submit(spec, None)).run, list[RoundRecord](), None
     async with contextlib.aclosing(operator.watch(run)) as watched:
         async for view in watched:
             records += view.history
+            (set() if reasons is None else reasons).add(view.reason)
             assert view.phase != "paused", view.reason
     assert view is not None
     await operator.export(run, folder / "model.safetensors")
@@ -136,16 +137,26 @@ async def ended(
 @pytest.mark.parametrize(
     ("spec", "variance"),
     [
-        # its clients' noise alone is counted for three of the four that there are
-        (spec_of("distributed"), 4 / 3),
-        (spec_of("distributed", survivors=4), 1.0),
+        # its clients' noise alone is counted for three of the four that there are, less one who knows its own
+        (spec_of("distributed"), 4 / 2),
+        (spec_of("distributed", colluding=0), 4 / 3),
+        (spec_of("distributed", survivors=4, colluding=0), 1.0),
         (spec_of("central"), 1.0),
-        (spec_of("distributed", 3), 3 * 4 / 3),
+        (spec_of("distributed", 3), 3 * 4 / 2),
         (spec_of("central", 3), 3.0),
         (spec_of("central", 3, mechanism="ftrl"), 2.0),
         (spec_of("central", 4, mechanism="ftrl"), 1.0),
     ],
-    ids=["distributed", "distributed-4", "central", "distributed-3", "central-3", "ftrl-3", "ftrl-4"],
+    ids=[
+        "distributed",
+        "distributed-all",
+        "distributed-4",
+        "central",
+        "distributed-3",
+        "central-3",
+        "ftrl-3",
+        "ftrl-4",
+    ],
 )
 async def test_a_masked_sums_noise_is_what_is_counted(tmp_path: Path, spec: RunSpec, variance: float) -> None:
     async with federation(tmp_path, *(Still(name) for name in CLIENTS)) as operator:
@@ -168,7 +179,7 @@ async def test_masked_updates_are_clipped_and_the_sum_is_divided_by_the_target(t
     async with federation(tmp_path, *workshops) as operator:
         _, _, change = await soon(ended(operator, spec, tmp_path))
     along = float(change @ ray(len(change), 1.0))
-    assert along * 4 == pytest.approx(0.2 + 3 * 0.5, abs=5 * 0.05 * 0.5 * math.sqrt(4 / 3))
+    assert along * 4 == pytest.approx(0.2 + 3 * 0.5, abs=5 * 0.05 * 0.5 * math.sqrt(4 / 2))
 
 
 async def test_local_noise_is_each_clients_own(tmp_path: Path) -> None:
@@ -190,24 +201,32 @@ async def test_local_noise_is_each_clients_own(tmp_path: Path) -> None:
     assert {(count, epsilon) for _, count, epsilon in told.holders} == {(2, told.entry.epsilon)}
 
 
-async def test_a_sum_that_was_opened_in_vain_is_on_the_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clients' inputs of the first sum may have been seen; what they give again is another release."""
-    fails = [MaskingFailed("the sum is not what it should be")]
-    real = skellam.decode
+@pytest.mark.parametrize("mode", ["distributed", "central", "local"])
+async def test_a_sum_that_was_opened_in_vain_is_on_the_account(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The clients' inputs of the first sum may have been seen; what they give again is another release. Of the server's own
+    noise no number is told.
+    """
+    fails = [MaskingFailed("the sum of 4 updates is 123 steps long")]
+    where = quantising if mode == "local" else skellam
+    real: Callable[..., Flat] = where.decode
 
     def failing(*arguments: Any, **named: Any) -> Flat:
         if fails:
             raise fails.pop()
         return real(*arguments, **named)
 
-    monkeypatch.setattr(skellam, "decode", failing)
-    spec = spec_of("distributed", 2, noise_multiplier=5.0)
+    monkeypatch.setattr(where, "decode", failing)
+    spec = spec_of(mode, 2, noise_multiplier=5.0)
+    reasons = set[str]()
     async with federation(tmp_path, *(Still(name) for name in CLIENTS)) as operator:
-        view, records, _ = await soon(ended(operator, spec, tmp_path))
+        view, records, _ = await soon(ended(operator, spec, tmp_path, reasons))
         (told,) = (await operator.privacy(view.run)).runs
     assert (view.phase, [record.attempt for record in records]) == ("finished", [2, 1])
     assert (told.entry.releases, told.entry.epsilon) == (3, accounting.spent(spec, 3, 5.0))
     assert {count for _, count, _ in told.holders} == {3}
+    assert mode != "central" or not any("123" in one for one in reasons)
 
 
 # Kill -9 ----------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
 import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ import grpc_status.rpc_status
 import numpy as np
 import pytest
 from blake3 import blake3
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from hypothesis import settings as hypothesis_settings
 
@@ -95,6 +97,12 @@ async def soon(work: Awaitable[T]) -> T:
     return await asyncio.wait_for(work, PATIENCE)
 
 
+def framed(message: Message) -> int:
+    """Bytes with gRPC's prefix, in frames of 16 KiB."""
+    whole = message.ByteSize() + 5
+    return whole + 9 * math.ceil(whole / 16_384)
+
+
 class Site:
     """One data holder's end of the wire, by hand: what it sends is the test's choice, right or wrong."""
 
@@ -103,7 +111,7 @@ class Site:
         self.instance = hashlib.md5(name.encode(), usedforsecurity=False).hexdigest()
         self.stub = FederationStub(channel)
         self.metadata: Metadata = ()
-        self.up = self.down = 0  # bytes of messages about runs, from it and to it, each with gRPC's prefix
+        self.up = self.down = 0  # bytes about runs, from it and to it, as the server is to count them
         self.tasks: asyncio.Queue[views.Task | None] = asyncio.Queue()  # None: the stream has ended
         self._listener: asyncio.Task[None] | None = None
 
@@ -128,7 +136,8 @@ class Site:
         known = None
         try:
             async for message in self.stub.Listen(federation_pb2.ListenRequest(), metadata=metadata):
-                self.down += message.ByteSize() + 5
+                self.up += 8
+                self.down += 8 + framed(message)
                 task = wire.task_from_wire(message, known)
                 known = task.spec
                 tasks.put_nowait(task)
@@ -162,9 +171,10 @@ class Site:
         data = b""
         request = federation_pb2.FetchModelRequest(run=task.key.run, version=task.model.version, offset=offset)
         with typed():
-            self.up += request.ByteSize() + 5
+            self.up += 100 + framed(request)
+            self.down += 50
             async for chunk in self.stub.FetchModel(request, metadata=self.metadata):
-                self.down += chunk.ByteSize() + 5
+                self.down += framed(chunk)
                 assert chunk.offset == offset + len(data)
                 data += chunk.data
         return data
@@ -193,12 +203,13 @@ class Site:
                 chunk = federation_pb2.Chunk(offset=offset, data=data)
                 messages.append(federation_pb2.SubmitUpdateRequest(chunk=chunk))
             for message in messages:
-                self.up += message.ByteSize() + 5
+                self.up += framed(message)
                 yield message
 
         with typed():
+            self.up += 100 + 9
             reply = await soon(self.stub.SubmitUpdate(parts(), metadata=self.metadata))
-        self.down += reply.ByteSize() + 5
+        self.down += 50 + framed(reply)
         return bool(reply.duplicate)
 
     async def begin(self, header: views.UpdateHeader) -> Upload:
@@ -219,8 +230,8 @@ class Site:
         request = federation_pb2.UploadStatusRequest(key=key, digest=blake3(data).digest())
         with typed():
             reply = await self.stub.UploadStatus(request, metadata=self.metadata)
-        self.up += request.ByteSize() + 5
-        self.down += reply.ByteSize() + 5
+        self.up += 100 + framed(request)
+        self.down += 50 + framed(reply)
         return reply.received_bytes, reply.complete
 
     async def score(self, task: views.Task, tally: dict[str, int], version: int | None = None) -> bool:
@@ -230,8 +241,8 @@ class Site:
         )
         with typed():
             reply = await self.stub.SubmitEvaluation(request, metadata=self.metadata)
-        self.up += request.ByteSize() + 5
-        self.down += reply.ByteSize() + 5
+        self.up += 100 + framed(request)
+        self.down += 50 + framed(reply)
         return bool(reply.duplicate)
 
     async def fail(self, task: views.Task, reason: str = "DataError", message: str = "no data") -> None:
@@ -261,7 +272,9 @@ class Upload:
             for offset, data in rest:
                 await self.write(offset, data)
             await self._call.done_writing()
-            return bool((await soon(self._call)).duplicate)
+            reply = await soon(self._call)
+        self.busy_s: float = reply.busy_s
+        return bool(reply.duplicate)
 
 
 def chunks(data: bytes, start: int = 0) -> list[tuple[int, bytes]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -29,7 +30,7 @@ from tests.server.conftest import (
     soon,
 )
 
-from seqfed.common import addresses, views
+from seqfed.common import addresses, statistics, views, wire
 from seqfed.common.errors import InsecureRefused, LeaseLost, PortInUse, StorageError
 from seqfed.common.layout import Flat
 from seqfed.common.model import initial_parameters
@@ -393,6 +394,59 @@ async def test_a_restart_in_evaluation_asks_for_what_is_missing(tmp_path: Path) 
         assert (record.evaluation, record.training["examples"]) == ({"loss": 6 / 2**20 / 3}, 2)
         assert 0 <= record.seconds < 60
         assert (await sites["a"].task()).key.round == 2
+
+
+async def test_a_restart_in_mid_round_forgets_no_bytes(tmp_path: Path) -> None:
+    sent, got = dict.fromkeys("ab", 0), dict.fromkeys("ab", 0)
+
+    def add(*sites: Site) -> None:
+        for site in sites:
+            sent[site.name] += site.up
+            got[site.name] += site.down
+
+    async with a_daemon(tmp_path) as daemon:
+        sites = {site.name: site for site in await daemon.arrive("a", "b")}
+        run = (await daemon.submit(make_spec(rounds=2, evaluation__every=1))).run
+        await sites["a"].submit(await sites["a"].task(), some_delta(SIZE, 1))
+        await sites["b"].fetch(await sites["b"].task())  # no step of the run comes after that
+        add(*sites.values())
+    async with a_daemon(tmp_path) as daemon:
+        (view,) = await daemon.runs()
+        assert (view.bytes_up, view.bytes_down) == (sum(sent.values()), sum(got.values()))
+        sites = {site.name: site for site in await daemon.arrive("a", "b")}
+        await sites["b"].submit(await sites["b"].task(), some_delta(SIZE, 2))
+        await sites["a"].score(await sites["a"].task(TaskKind.EVALUATE), {"examples": 1, "loss": 5})
+        await sites["b"].task(TaskKind.EVALUATE)
+        add(*sites.values())
+    async with a_daemon(tmp_path) as daemon:  # and once more, while the round's model is scored
+        sites = {site.name: site for site in await daemon.arrive("a", "b")}
+        await sites["b"].score(await sites["b"].task(TaskKind.EVALUATE), {"examples": 1, "loss": 5})
+        view = await daemon.until(run, lambda view: view.round == 2)
+        for site in sites.values():
+            await site.task()
+            site.up -= wire.PING_BYTES  # with the task of the next round
+        add(*sites.values())
+        (record,) = view.history
+        assert sorted(record.folded) == ["a", "b"]
+        assert {name: up for name, (up, _) in record.traffic.items()} == sent
+        assert record.bytes_up == sum(sent.values())
+
+
+async def test_who_sums_up_its_data_is_sent_no_model(daemon: Daemon) -> None:
+    (site,) = await daemon.arrive("a")
+    spec = make_spec(data__normalise="federated", cohort__min_clients=1)
+    run = (await daemon.submit(spec)).run
+    measure = await site.task(TaskKind.MEASURE)
+    assert measure.model.data == b""
+    sums = statistics.Sums(spec.data.numbers)
+    sums.add(np.eye(2, dtype=np.float32))
+    await site.score(measure, sums.tally())
+    train = await site.task()
+    assert len(train.model.data) == 4 * SIZE
+    await site.submit(train, some_delta(SIZE, 1))
+    view = await daemon.end(run)
+    (record,) = view.history
+    assert (record.bytes_up, record.bytes_down) == (site.up, site.down) == (view.bytes_up, view.bytes_down)
 
 
 async def test_a_restart_keeps_the_queue_and_what_is_over(tmp_path: Path) -> None:

@@ -178,6 +178,68 @@ def test_a_report_crosses_the_wire_whole() -> None:
     assert [name for name, *_ in ledger.report(every[:1], every).runs[0].holders] == ["a", "b", "c"]
 
 
+# Of all runs together ---------------------------------------------------------------------------------------------------
+
+
+def test_no_round_begins_that_would_pass_the_limit_of_all_runs() -> None:
+    """Whoever is asked in it counts, whatever others have spent."""
+    spec, other = private(noise_multiplier=3.0), private(noise_multiplier=2.0, delta=1e-6)
+    others = [
+        Booked("one", spec, begun(spec, "ab", "ab", run="1")),
+        Booked("plain", make_spec(), {}),
+        Booked("not begun", spec, begun(spec, run="3")),
+    ]
+    booked = Booked("two", other, begun(other, "ac", run="2"))
+    then = accounting.gaussian_epsilon((2 / 9 + 2 / 4) ** -0.5, 1e-5)
+    of_b = accounting.gaussian_epsilon((2 / 9 + 1 / 4) ** -0.5, 1e-5)
+    assert ledger.affords(then, booked, others, 2, "abc") is None
+    told = ledger.affords(then * 0.999, booked, others, 2, "abc")
+    assert told == (
+        f"privacy budget spent: round 2 would make epsilon {then:.4g} of client 'a' over all runs of this server (delta 1e-05, "
+        f"unit client), and its max_epsilon is {then * 0.999:g}"
+    )
+    assert ledger.affords(of_b, booked, others, 2, "b") is None
+    assert "of client 'b'" in (ledger.affords(of_b * 0.999, booked, others, 2, "bd") or "")
+    assert ledger.affords(of_b * 0.999, booked, others, 2, "d") is None
+
+
+def test_the_limit_of_all_runs_is_of_everybody_who_may_have_been_drawn() -> None:
+    drawn = private(cohort={"min_clients": 1000, "count": 100, "quorum": 30}, noise_multiplier=1.0, population=1000)
+    spec = private(noise_multiplier=3.0)
+    others = [Booked("one", spec, begun(spec, "z", run="1"))]
+    booked = Booked("two", drawn, begun(drawn, "a", run="2"))
+    most, _ = accounting.together([(drawn, 2, 1.0, None), (spec, 1, 3.0, 1)], 1e-5)
+    assert ledger.affords(most, booked, others, 2, "b") is None
+    assert "of client 'z'" in (ledger.affords(most * 0.999, booked, others, 2, "b") or "")
+    least, _ = accounting.together([(drawn, 2, 1.0, None)], 1e-5)
+    assert "of any data holder" in (ledger.affords(least * 0.999, booked, [], 2, "b") or "")
+
+
+def test_the_limit_of_all_runs_of_examples_is_of_their_goals() -> None:
+    spec, other = private(mode="example", epsilon=2.0), private(mode="example", epsilon=1.0)
+    others = [
+        Booked("one", spec, begun(spec, "ab", run="1")),
+        Booked("clients'", private(noise_multiplier=0.1), begun(private(noise_multiplier=0.1), "ab", run="3")),
+    ]
+    booked = Booked("two", other, begun(other, "b", run="2"))
+    assert ledger.affords(3.0, booked, others, 2, "ab") is None
+    assert "epsilon 3 of client 'b'" in (ledger.affords(2.9, booked, others, 2, "ab") or "")
+    assert ledger.affords(1.0, booked, others, 2, "c") is None
+
+
+def test_a_run_that_alone_would_pass_the_limit_is_refused() -> None:
+    assert ledger.opened(RUN, private(epsilon=2.0), 2.0)[0].epsilon == 0
+    assert ledger.opened(RUN, private(epsilon=2.0, noise_multiplier=0.5), 2.0)  # it ends where its own goal does
+    assert ledger.opened(RUN, private(mode="example", epsilon=2.0), 2.0)
+    for spec in (private(epsilon=2.1), private(noise_multiplier=0.5)):
+        with pytest.raises(ConfigError, match="and this server's max_epsilon, for all runs together, is 2; lower"):
+            ledger.opened(RUN, spec, 2.0)
+    with pytest.raises(ConfigError, match="the run's epsilon is inf"):
+        ledger.opened(RUN, private(mode="example", noise_multiplier=1.0), 2.0)
+    with pytest.raises(ConfigError, match="no \\[privacy.dp\\], so no epsilon, and this server's max_epsilon is 2"):
+        ledger.opened(RUN, make_spec(), 2.0)
+
+
 # In the store ---------------------------------------------------------------------------------------------------------
 
 

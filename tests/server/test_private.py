@@ -12,6 +12,7 @@ from scipy import stats
 from seqfed.common.dp import accounting
 from seqfed.common.dp.noise import derived
 from seqfed.common.dp.skellam import Mechanism, encode
+from seqfed.common.errors import MaskingFailed
 from seqfed.common.fixedpoint import SCALE
 from seqfed.server import fedavg, private
 
@@ -105,6 +106,19 @@ def test_a_masked_sum_gets_the_same_noise(clients: int, tree_round: int | None) 
     expected = math.sqrt(nodes * (multiplier * mechanism.bound2 * mechanism.step) ** 2 + rounding)
     assert np.sqrt(np.mean(noise**2)) == pytest.approx(expected, rel=5 * math.sqrt(1 / 2 / dim) + 0.005)
     assert mechanism.bound2 * mechanism.step == pytest.approx(0.5, rel=0.002)
+
+
+def test_a_masked_sum_that_is_too_long_tells_no_number_of_it() -> None:
+    """A tree's noise is the same at the next try, and the difference of two lengths would be without noise."""
+    mechanism = Mechanism(1000, 18, 0.5, 10, 10, 0.5)
+    long = (np.arange(1000) * 131_071 // 1000).astype(mechanism.dtype)
+    told = []
+    for one in (long, long[::-1] // 2):
+        with pytest.raises(MaskingFailed) as refusal:
+            private.decode(one.copy(), mechanism, 5, clients=2, target=2, multiplier=0.5, key=KEY, tree_round=1)
+        told.append(str(refusal.value))
+    assert told[0] == told[1]
+    assert "the sum of 2 updates is longer than" in told[0]
 
 
 def test_counting_the_clipped_is_paid_by_the_sum() -> None:

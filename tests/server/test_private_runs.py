@@ -25,12 +25,14 @@ from tests.server.test_private import deviation_is
 
 from seqfed.common import views, wire
 from seqfed.common.dp import accounting
+from seqfed.common.errors import ConfigError
 from seqfed.common.layout import Flat
 from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.spec import RunSpec
 from seqfed.common.views import FEDERATION, TaskKind
 from seqfed.server import coordinator
 from seqfed.server import round as machine
+from seqfed.server.private import vector_multiplier
 from seqfed.server.round import Phase, Run
 from seqfed.server.store import StoredRun, open_store
 from seqfed.v1 import admin_pb2
@@ -112,6 +114,10 @@ def stored(state: Path) -> StoredRun:
         return found
 
 
+def models_in(state: Path) -> set[Path]:
+    return {*state.rglob("*.safetensors")}
+
+
 def change(one: Flat, other: Flat) -> NDArray[np.float64]:
     return other.astype(np.float64) - one
 
@@ -187,6 +193,27 @@ async def test_the_clip_follows_the_norms_and_outlives_the_daemon(tmp_path: Path
     assert abs(along(spec, change(models[0], models[1])) / clip - 1) < FAR * 0.053 / 3
     after, grown = stored(tmp_path).state.clip, 0.1 - 2 * 0.1  # the sixth above, the other two within
     assert abs(math.log(after / clip) - grown) < math.sqrt(3) * spread
+
+
+async def test_a_round_of_few_is_divided_by_the_cohort_that_was_planned(daemon: Daemon) -> None:
+    """Counting the clipped of 9 clients would take more than a noise multiplier of 1 leaves; of the planned 12 it does not."""
+    noise, cohort = 1.0, {"min_clients": 12, "quorum": 2}
+    spec = private(3, cohort, noise_multiplier=noise, clip="adaptive")
+    sites = await daemon.arrive(*(f"ward-{nth:02}" for nth in range(12)))
+    run = (await daemon.submit(spec)).run
+    zeros = np.zeros(layout_of(spec).size, np.float32)
+    tasks = [await training(site) for site in sites]
+    for site, task in zip(sites[9:], tasks[9:], strict=True):
+        await site.fail(task, "PolicyRefused", "no")
+    for site, task in zip(sites[:9], tasks[:9], strict=True):
+        await site.submit(task, zeros)
+    models = [np.frombuffer(await sites[0].fetch(tasks[0]), "<f4").copy()]
+    models += await play(sites[:9], spec, 2)
+    view, flat = await finished(daemon, run, spec)
+    assert view.phase == "finished", view.reason
+    assert [len(one.folded) for one in view.history] == [9, 9, 9]
+    assert deviation_is(change(models[0], models[1]), vector_multiplier(noise, 12) * 0.1 / 12)
+    assert not np.array_equal(models[-1], flat)
 
 
 async def test_a_trees_noise_is_that_of_its_nodes_and_outlives_the_daemon(tmp_path: Path) -> None:
@@ -335,6 +362,32 @@ async def test_nothing_of_clients_data_is_told_without_noise(daemon: Daemon) -> 
         assert secret not in json.dumps([*await audited(daemon, "privacy"), *await audited(daemon, "submitted")])
 
 
+async def test_all_runs_together_have_a_limit(tmp_path: Path) -> None:
+    """Also over restarts; a run that would pass it ends with the model that it has."""
+    spec = private(2, noise_multiplier=3.0)
+    limit = accounting.spent(spec, 3, 3.0)  # one run and a half
+    for number, rounds in ((1, 2), (2, 1)):
+        async with a_daemon(tmp_path, max_epsilon=limit) as daemon:
+            before = models_in(tmp_path)
+            for refused in (make_spec(), private(4, noise_multiplier=3.0)):
+                with pytest.raises(ConfigError, match="and this server's max_epsilon"):
+                    await daemon.submit(refused)
+            assert models_in(tmp_path) == before
+            sites = await daemon.arrive("a", "b", "c")
+            run = (await daemon.submit(spec)).run
+            await play(sites, spec, rounds)
+            view, _ = await finished(daemon, run, spec)
+            assert len(view.history) == rounds
+            assert ("client 'a' over all runs of this server" in view.reason) == (number == 2)
+            (total,) = (await report(daemon, "")).totals
+            assert total.epsilon == accounting.spent(spec, 2 * number - (number == 2), 3.0)
+    async with a_daemon(tmp_path, max_epsilon=limit) as daemon:
+        await daemon.arrive("a", "b", "c")
+        view = await daemon.end((await daemon.submit(spec)).run)
+    assert (view.phase, len(view.history)) == ("finished", 0)
+    assert view.reason.startswith("before round 1: privacy budget spent: round 1 would make epsilon")
+
+
 # Cohorts that nobody knows ----------------------------------------------------------------------------------------------
 
 
@@ -443,3 +496,49 @@ def test_a_sum_that_is_dropped_may_have_been_opened(
 ) -> None:
     run = Run(phase, round=2, attempt=1, masks=masks, cohort=tuple("abc"), folded=tuple("abc"), target=3, number=4)
     assert machine.on(masked(), run, event)[0].opened == opened
+
+
+# Updates that have their noise already ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["local", "example"])
+async def test_an_update_is_on_the_account_whatever_becomes_of_it(daemon: Daemon, mode: str) -> None:
+    """Also where the run ends before there is a model of it."""
+    spec = private(2, mode=mode, noise_multiplier=3.0)
+    epsilon = accounting.spent(spec, 1, 3.0) if mode == "local" else None
+    sites = await daemon.arrive("a", "b", "c")
+    run = (await daemon.submit(spec)).run
+    for site in sites[:2]:
+        await site.submit(await training(site), ray(spec, 0.5))
+    await daemon.stop(run)
+    (found,) = (await report(daemon, run)).runs
+    assert found.holders == (("a", 1, epsilon), ("b", 1, epsilon))
+    assert (found.entry.round, found.entry.releases, found.entry.epsilon) == (1, 1, epsilon)
+    assert [(one["round"], one["epsilon"]) for one in await audited(daemon, "privacy")][1:] == [(1, epsilon)]
+
+
+async def test_who_declines_a_run_is_not_on_its_account(daemon: Daemon) -> None:
+    spec = private(1, {"quorum": 2, "grace_s": 0}, mode="local", noise_multiplier=3.0)
+    sites = await daemon.arrive("a", "b", "c")
+    run = (await daemon.submit(spec)).run
+    await sites[2].fail(await training(sites[2]), "PolicyRefused", "no")
+    await play(sites[:2], spec, 1)
+    await daemon.end(run)
+    (found,) = (await report(daemon, run)).runs
+    assert [name for name, *_ in found.holders] == ["a", "b"]
+
+
+async def test_a_restart_books_no_update_twice(tmp_path: Path) -> None:
+    spec = private(2, {"quorum": 2, "grace_s": 0}, mode="local", noise_multiplier=3.0)
+    async with a_daemon(tmp_path) as daemon:
+        sites = await daemon.arrive("a", "b", "c")
+        run = (await daemon.submit(spec)).run
+        await sites[0].submit(await training(sites[0]), ray(spec, 0.5))
+    async with a_daemon(tmp_path) as daemon:
+        sites = await daemon.arrive("a", "b", "c")
+        await sites[1].submit(await training(sites[1]), ray(spec, 0.5))
+        await begun(daemon, run, 2)
+        (found,) = (await report(daemon, run)).runs
+    # c was asked, and its update may have come too late
+    assert found.holders == tuple((name, 1, accounting.spent(spec, 1, 3.0)) for name in "abc")
+    assert found.entry.releases == 1

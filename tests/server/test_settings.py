@@ -35,6 +35,7 @@ def test_left_out_they_are_safe() -> None:
         ({"lease_s": 0.5}, "'lease_s' = 0.5"),
         ({"lease_s": 3601}, "'lease_s' = 3601"),
         ({"max_model_bytes": 0}, "'max_model_bytes' = 0"),
+        ({"max_epsilon": 0}, "'max_epsilon' = 0"),
         ({"prot": 1}, "unknown key 'prot'; did you mean 'port'?"),
     ],
 )
@@ -55,7 +56,7 @@ def test_a_file_may_say_everything_and_flags_win(tmp_path: Path) -> None:
         'tls = "tls"\nca = "ca"\nenroll_port = 6\nenrolments_per_s = 1\ncertificate_days = 2\n'
         "calls_per_s = 10\ncalls_burst = 11\ncalls_open = 12\nuploads_per_client = 13\nupload_bytes_per_s = 14\n"
         "max_message_bytes = 2097152\nmax_metadata_bytes = 2048\nrefusals_per_minute = 15\nmessage_s = 16\n"
-        "joins_per_minute = 17\n"
+        "joins_per_minute = 17\nmax_epsilon = 18.5\n"
     )
     settings = load_toml(ServerSettings, path, {"port": 5, "host": None})
     assert settings == ServerSettings(
@@ -90,6 +91,7 @@ def test_a_file_may_say_everything_and_flags_win(tmp_path: Path) -> None:
         refusals_per_minute=15,
         message_s=16,
         joins_per_minute=17,
+        max_epsilon=18.5,
     )
     assert set(settings.model_fields_set) == set(ServerSettings.model_fields)
 

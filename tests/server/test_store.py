@@ -46,6 +46,7 @@ from seqfed.server.store import (
     RUNS,
     UPDATES,
     KnownClient,
+    Moved,
     Signed,
     Store,
     UpdateRow,
@@ -115,7 +116,7 @@ def test_a_new_run_is_queued_with_its_initial_model(store: Store) -> None:
     spec = create(store)
     (found,) = store.runs()
     assert (found.run, found.spec, found.state, found.version) == (RUN, spec, Run(), 0)
-    assert (found.started, found.ended, found.bytes_up, found.bytes_down) == (None, None, 0, 0)
+    assert (found.started, found.ended, found.moved) == (None, None, Moved())
     assert (found.updates, found.record) == ((), None)
     assert b"".join(found.model.pieces()) == initial_parameters(spec).flat.tobytes()
     assert found.model.layout == layout_of(spec)
@@ -152,16 +153,29 @@ def test_everything_comes_back_after_closing_and_opening_again(place: Place) -> 
     assert (found.state, found.started, found.updates) == (replace(TRAINING, present=frozenset()), 12.5, (UPDATE,))
     model = saved(store, RUN, 1, spec)
     evaluating = replace(TRAINING, phase=Phase.EVALUATING)
-    store.commit(RUN, evaluating, model=model, record=RECORD, bytes_up=1 << 40, bytes_down=1 << 41)
+    moved = Moved(1 << 40, 1 << 41, {"a": (1 << 40, 0), "b": (0, 7)})
+    store.commit(RUN, evaluating, model=model, record=RECORD, moved=moved)
     store = reopened(store, place)
     (found,) = store.runs()
     assert (found.version, found.model, found.record, found.updates) == (1, model, RECORD, ())
-    assert (found.bytes_up, found.bytes_down) == (1 << 40, 1 << 41)
+    assert found.moved == moved
     assert found.state.phase is Phase.EVALUATING
     store.commit(RUN, replace(TRAINING, phase=Phase.STOPPED), ended=99.0)
     store = reopened(store, place)
     assert (store.runs()[0].ended, store.runs()[0].record) == (99.0, None)
     store.close()
+
+
+def test_bytes_are_counted_without_another_change(store: Store) -> None:
+    for run in (RUN, "f" * 16):
+        create(store, run)
+    store.commit(RUN, TRAINING, updates=[UPDATE], moved=Moved(1, 2, {"a": (1, 2)}))
+    (before, other) = store.runs()
+    store.count({RUN: Moved(3, 4, {"a": (1, 2), "b": (2, 2)}), "f" * 16: Moved(5, 6)})
+    assert store.runs() == [
+        replace(before, moved=Moved(3, 4, {"a": (1, 2), "b": (2, 2)})),
+        replace(other, moved=Moved(5, 6)),
+    ]
 
 
 def test_a_model_keeps_its_version_when_the_state_is_in_the_next_round_already(store: Store) -> None:

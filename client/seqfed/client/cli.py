@@ -50,6 +50,12 @@ def client(
             envvar="SEQFED_PEERS", help="peers.toml: the other clients' masking keys [those with certificates]."
         ),
     ] = None,
+    homomorphic_key: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SEQFED_HOMOMORPHIC_KEY", help="The clients' CKKS key (seqfed client key --homomorphic FILE) [none]."
+        ),
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", envvar="SEQFED_INSECURE", help="Allow plaintext off the loopback interface.")
     ] = False,
@@ -93,6 +99,7 @@ def client(
         "policy": policy,
         "credentials": credentials,
         "peers": peers,
+        "homomorphic_key": homomorphic_key,
         "insecure": insecure or None,
         "log_json": log_json or None,
     }
@@ -127,7 +134,9 @@ def client(
         allow_custom=consent.custom,
     )
     instance = identity.take(settings.state, own_name)
-    masking = masking_of(own_name, state_folder, folder, settings.peers, consent.policy.min_cohort)
+    masking = masking_of(
+        own_name, state_folder, folder, settings.peers, consent.policy.min_cohort, settings.homomorphic_key
+    )
     session = Session(
         workshop,
         settings.server,
@@ -198,12 +207,23 @@ def key(
     state: Annotated[
         Path | None, typer.Option(envvar="SEQFED_STATE", help="The client's state folder, as for `seqfed client`.")
     ] = None,
+    homomorphic: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Make instead the CKKS key that all clients share (privacy.homomorphic), or show FILE's.",
+        ),
+    ] = None,
 ) -> None:
     """Print this client's line in the other clients' peers.toml: its name and its masking key's public half.
 
     The key is made at first, in the state folder. With its peers listed, a client believes no server about who they are.
     """
     import socket
+
+    if homomorphic is not None:
+        _shared_key(homomorphic)
+        return
 
     from seqfed.client.enroll import in_use
     from seqfed.client.masking import line, own_key
@@ -215,6 +235,20 @@ def key(
     if folder is not None:
         own_name = _name_in(folder, name)
     print(line(own_name, own_key(client_folder(state, own_name)).public))
+
+
+def _shared_key(path: Path) -> None:
+    from seqfed.client.ckks import load_key, make_key
+
+    made = not path.exists()
+    shared = (make_key if made else load_key)(path)
+    print(f"{path}: the CKKS key {shared.digest.hex()[:16]}{', made now' if made else ''}")
+    if made:
+        print(
+            "whoever has it and the server's traffic reads every client: carry it to the other clients by a way on which "
+            "the server is not, and keep it from all others\n"
+            'next, at each client: seqfed client --homomorphic-key FILE, or homomorphic_key = "FILE" in client.toml'
+        )
 
 
 def take_part(session: Session) -> None:

@@ -12,9 +12,9 @@ import seqfed.client
 from seqfed.client.channel import ANSWER_S, raising
 from seqfed.common import views, wire, wire_masking
 from seqfed.common.errors import ConfigError, SeqfedError, VersionMismatch
-from seqfed.common.masking.messages import Reply, Request
 from seqfed.common.schema import DataSchema
 from seqfed.common.transfer import CHUNK_BYTES, Reassembly, split
+from seqfed.common.wire_masking import Reply, Request
 from seqfed.v1 import federation_pb2
 from seqfed.v1.federation_pb2_grpc import FederationStub
 
@@ -99,8 +99,8 @@ class Connection:
         delta: memoryview,
         size: int = CHUNK_BYTES,
         sent: Callable[[int], None] = lambda _: None,
-    ) -> bool:
-        """Send the update from header.offset on, in chunks of `size` bytes; True if the server had counted it already.
+    ) -> float:
+        """Send the update from header.offset on, in chunks of `size` bytes; seconds that it waited for the server, not the link.
 
         Of chunks smaller than CHUNK_BYTES, which is what a slow link has, no more than AHEAD are on their way: gRPC would
         put megabytes into the system's buffers, where pings wait behind them until the connection is taken for dead.
@@ -124,7 +124,7 @@ class Connection:
 
         with raising(self._address):
             reply = await self._stub.SubmitUpdate(parts(), metadata=self._metadata)
-        return reply.duplicate
+        return reply.busy_s
 
     async def mask(self, key: views.TaskKey, number: int, step: Request, names: Sequence[str] = ()) -> Reply:
         """Take a step of a masked sum; the answer comes once everybody has. The same step may be sent again.

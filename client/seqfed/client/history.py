@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from seqfed.client.shown import traffic_dict
 from seqfed.common.checkpoint import replacing
 from seqfed.common.errors import ConfigError, storage_error
 from seqfed.common.metrics import metric_names
@@ -23,7 +24,10 @@ WIDTH: Final = 3  # panels beside each other
 
 
 def rows(view: RunView) -> list[dict[str, Any]]:
-    """One a round, all with the same keys: those of `columns`; None where a round has no such figure."""
+    """One a round, all with the same keys: those of `columns`; None where a round has no such figure.
+
+    traffic: client -> bytes_up, bytes_down.
+    """
     metrics = metric_names(view.spec)
     return [
         {
@@ -33,6 +37,7 @@ def rows(view: RunView) -> list[dict[str, Any]]:
             "evaluated_clients": record.evaluated_clients,
             "bytes_up": record.bytes_up,
             "bytes_down": record.bytes_down,
+            "traffic": traffic_dict(record),
             "seconds": round(record.seconds, 4),
         }
         for record in view.history
@@ -45,11 +50,11 @@ def columns(view: RunView) -> list[str]:
 
 
 def as_csv(view: RunView) -> str:
-    """A header and a line a round; an empty cell where there is no figure."""
+    """A header and a line a round; an empty cell where there is no figure, and JSON in that of `traffic`."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns(view), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows(view))
+    writer.writerows({**row, "traffic": json.dumps(row["traffic"])} for row in rows(view))
     return text.getvalue()
 
 

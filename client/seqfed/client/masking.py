@@ -23,14 +23,17 @@ from seqfed.client.durable import Durable
 from seqfed.common import identity
 from seqfed.common.config import load_toml
 from seqfed.common.errors import ConfigError, MaskingRefused, PolicyRefused
+from seqfed.common.homomorphic import scheme
 from seqfed.common.identity import Identity, read_private, write_private
 from seqfed.common.masking.client import Client
 from seqfed.common.masking.keys import Signer
 from seqfed.common.masking.trust import bind, bound
+from seqfed.common.model import layout_of
 from seqfed.common.spec import Settings
 from seqfed.common.wire import check_client_name
 
 if TYPE_CHECKING:
+    from seqfed.client.encrypted import Half
     from seqfed.common.masking.messages import Advert
     from seqfed.common.masking.terms import Terms
     from seqfed.common.spec import RunSpec
@@ -172,7 +175,7 @@ class Masking:
     """This client's side of all its masked sums.
 
     credentials: the folder of its certificate, if it has one. min_cohort: the fewest clients in whose sum it lets itself be,
-    unless the run's privacy.min_survivors is more.
+    unless the run's privacy.min_survivors is more. shared: the file of the CKKS key, for encrypted sums.
     """
 
     def __init__(
@@ -183,6 +186,7 @@ class Masking:
         log: Log,
         credentials: Path | None = None,
         min_cohort: int | None = None,
+        shared: Path | None = None,
     ) -> None:
         self.name = name
         self.log = log
@@ -190,10 +194,14 @@ class Masking:
         self._trust = trust
         self._credentials = credentials
         self._min_cohort = min_cohort or 0
+        self._shared = shared
         self._bound: tuple[bytes, bytes] | None = None  # our key (PEM), and its signature of our masking key
 
     def require(self, spec: RunSpec) -> None:
-        """Raise PolicyRefused if this client can be in no masked sum of the run."""
+        """Raise PolicyRefused or ConfigError if this client can be in no masked sum of the run."""
+        if spec.privacy.homomorphic:
+            self._require_key()
+            scheme.check(spec, layout_of(spec).size)
         if spec.privacy.mode == "malicious" and not self._trust.knows:
             raise PolicyRefused(
                 f"client '{self.name}' knows nobody's masking key, and a server that lies could invent the others; enrol it "
@@ -209,6 +217,22 @@ class Masking:
             terms, self.name, self._signer, floor, self._trust, self.log.begin, binding=binding, certificate=certificate
         )
 
+    def encrypting(self, spec: RunSpec, terms: Terms) -> Half:
+        """This client's half of a new encrypted sum of the run; raises ConfigError for a key that is none."""
+        from seqfed.client.ckks import load_key
+        from seqfed.client.encrypted import Half
+
+        floor = max(spec.privacy.min_survivors, self._min_cohort)
+        return Half(terms, self.name, load_key(self._require_key()), floor, self.log.begin)
+
+    def _require_key(self) -> Path:
+        if self._shared is None:
+            raise ConfigError(
+                f"client '{self.name}' has no CKKS key, which privacy.homomorphic needs; one client makes it (seqfed client key "
+                "--homomorphic FILE), all get a copy, and name it in homomorphic_key"
+            )
+        return self._shared
+
     def _certified(self) -> tuple[bytes, bytes]:
         if self._credentials is None:
             return b"", b""
@@ -219,10 +243,20 @@ class Masking:
 
 
 def masking_of(
-    name: str, state: Path, credentials: Path | None, peers: Path | None, min_cohort: int | None = None
+    name: str,
+    state: Path,
+    credentials: Path | None,
+    peers: Path | None,
+    min_cohort: int | None = None,
+    shared: Path | None = None,
 ) -> Masking:
     """By a client's name, state folder, credentials folder and peers.toml; raises ConfigError, InvalidName, StorageError."""
     signer = own_key(state)
     ca = None if credentials is None else identity.load_credentials(credentials).ca
     trust = Trust((name, signer), ca, None if peers is None else load_peers(peers))
-    return Masking(name, signer, trust, Log(state), credentials, min_cohort)
+    if shared is not None:
+        from seqfed.client.ckks import require_tenseal
+
+        require_tenseal()
+        read_private(shared)  # raises now, not amid a round
+    return Masking(name, signer, trust, Log(state), credentials, min_cohort, shared)

@@ -5,6 +5,9 @@ Of each run there are two files at most: `next`, made before the update is sent,
 said that the update counts. An update builds on what `counted` has; whether or not the one of a round before has come through,
 nothing is added twice. Asked again in the same round, the client sends the same bytes. Where the server's word did not come,
 because the federation went on or the client ended, the client asks for it before it makes the next update (`unsettled`).
+
+Of a masked sum nobody can say later whether an update is in it. So what was left out is taken away (`take`, to `given`) before an
+update with it goes into one: it comes back if the sum certainly was not opened, and is lost if the client ends meanwhile.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ log = logging.getLogger("seqfed.client")
 STALE: Final = 10  # rounds after which what was left out says nothing of the model any more
 RUNS: Final = 4  # of which something is kept: those that were at work last
 LONGEST_HEAD: Final = 4096  # bytes
-NEXT, COUNTED = "next", "counted"
+NEXT, COUNTED, GIVEN = "next", "counted", "given"
 MODEL: Final = "model"
 
 
@@ -65,14 +68,12 @@ class Packer:
         key = Key(task.spec.seed, task.key.run, task.key.round, client)
         if not codec.feeds_back:
             return encode(delta, layout, key, codec).payload
-        of = _Of(task.key.run, task.key.round, task.model.digest.hex(), layout.digest.hex())
+        of = _of(task, layout)
         kept = {name: self._load(of.run, name) for name in (NEXT, COUNTED)}
         for one in kept.values():
             if one is not None and one.of == of:
                 return one.payload
-        before = kept[COUNTED]
-        fresh = before is not None and before.of.layout == of.layout and 0 < of.round - before.of.round <= STALE
-        made = encode(delta, layout, key, codec, before.residual if before is not None and fresh else None)
+        made = encode(delta, layout, key, codec, _fresh(kept[COUNTED], of))
         assert made.residual is not None  # the codec feeds back
         self._save(NEXT, _Kept(of, made.payload, made.residual))
         return made.payload
@@ -87,13 +88,25 @@ class Packer:
         kept = self._load(run, NEXT)
         if kept is None or kept.of.round != round_:
             return
-        if self._folder is None:
-            self._memory[run, COUNTED] = self._memory.pop((run, NEXT))
-            return
-        try:
-            self._path(run, NEXT).replace(self._path(run, COUNTED))
-        except OSError as error:
-            raise storage_error(error, "keeping what an update left out") from error
+        self._move(run, NEXT, COUNTED)
+
+    def take(self, task: Task, layout: Layout) -> Flat | None:
+        """What the run's last masked update left out, to be added to the task's; None if there is nothing fresh. It is taken away
+        until `put_back` or `keep`.
+        """
+        of = _of(task, layout)
+        found = _fresh(self._load(of.run, COUNTED), of)
+        self._drop(of.run, GIVEN)  # of a sum in which the client ended
+        self._move(of.run, COUNTED, GIVEN)
+        return found
+
+    def put_back(self, run: str) -> None:
+        """What was taken is in no sum."""
+        self._move(run, GIVEN, COUNTED)
+
+    def keep(self, task: Task, layout: Layout, rest: Flat) -> None:
+        """The task's masked update is in its sum, and left this out. Raises StorageFull, StorageError."""
+        self._save(COUNTED, _Kept(_of(task, layout), b"", rest))
 
     def keep_model(self, digest: bytes, flat: Flat) -> None:
         """Keep the newest model, in place of the one before; without it a client that was restarted fetches a whole one."""
@@ -118,6 +131,25 @@ class Packer:
         if blake3(data).digest() != digest:
             return None
         return digest, np.frombuffer(data, "<f4")
+
+    def _move(self, run: str, old: str, new: str) -> None:
+        """Nothing if there is none of the old name."""
+        if self._folder is None:
+            if (run, old) in self._memory:
+                self._memory[run, new] = self._memory.pop((run, old))
+            return
+        try:
+            self._path(run, old).replace(self._path(run, new))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise storage_error(error, "keeping what an update left out") from error
+
+    def _drop(self, run: str, name: str) -> None:
+        self._memory.pop((run, name), None)
+        if self._folder is not None:
+            with contextlib.suppress(OSError):
+                self._path(run, name).unlink(missing_ok=True)
 
     def _path(self, run: str, name: str) -> Path:
         assert self._folder is not None
@@ -163,8 +195,19 @@ class Packer:
 
     def _files(self) -> Iterator[Path]:
         assert self._folder is not None
-        for name in (NEXT, COUNTED):
+        for name in (NEXT, COUNTED, GIVEN):
             yield from self._folder.glob(f"*.{name}")
+
+
+def _of(task: Task, layout: Layout) -> _Of:
+    return _Of(task.key.run, task.key.round, task.model.digest.hex(), layout.digest.hex())
+
+
+def _fresh(kept: _Kept | None, of: _Of) -> Flat | None:
+    """What it left out, if an update of this kind can still take it along."""
+    if kept is None or kept.of.layout != of.layout or not 0 < of.round - kept.of.round <= STALE:
+        return None
+    return kept.residual
 
 
 def _digest(payload: bytes, residual: bytes | memoryview) -> str:

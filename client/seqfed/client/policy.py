@@ -7,8 +7,7 @@ changing it, and nothing here can make either of them keep it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Literal
@@ -16,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from seqfed.common.errors import ConfigError, PolicyRefused
-from seqfed.common.spec import Count, Name, RunSpec, Settings
+from seqfed.common.spec import Count, DPSpec, Name, RunSpec, Settings
 
 Total = Annotated[int, Field(ge=0, le=1 << 62)]
 Positive = Annotated[float, Field(gt=0)]
@@ -66,7 +65,7 @@ class Policy(Settings):
         default=None, description="rounds; trainings and evaluations are counted apart"
     )
     max_bytes_total: Total | None = Field(
-        default=None, description="of all models fetched and updates sent, as they are before compression"
+        default=None, description="of all models fetched and updates sent, as the run compresses them"
     )
     max_epsilon: Positive | None = Field(
         default=None, description="differential privacy's epsilon of all that was sent"
@@ -75,9 +74,11 @@ class Policy(Settings):
 
 @dataclass(frozen=True)
 class Released:
-    """What a run with differential privacy has had of this data holder. data: of which data set; noise: its multiplier.
+    """What a run with differential privacy has had of this data holder. data: of which data set; noise: its multiplier, None if
+    the run's accounting tells it (`multiplier`).
 
-    round: the last one that it was asked for. releases: updates that it has been given, and the one in question.
+    round: the last one that it was asked for. releases: what it has been given, and what is in question. steps: of these in
+    `example` mode, DP-SGD's with the same noise and the same probability of a sequence: (noise, probability, how many).
     """
 
     run: str
@@ -86,6 +87,7 @@ class Released:
     noise: float | None
     round: int
     releases: int
+    steps: tuple[tuple[float, float, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,18 +104,47 @@ class Spent:
     released: Callable[[], Sequence[Released]] = field(default=tuple, compare=False, repr=False)
 
 
-def check(policy: Policy, spec: RunSpec, model_bytes: int, operator: str | None, spent: Spent) -> None:
-    """Raise PolicyRefused, with every rule that is broken, if this run may not have what it asks for.
+def check(
+    policy: Policy, spec: RunSpec, model_bytes: int, operator: str | None, spent: Spent, *, costly: bool = True
+) -> None:
+    """Raise PolicyRefused, with the rules that are broken, if this run may not have what it asks for.
 
-    operator: who has signed the run; None if nobody is known to have.
+    operator: who has signed the run; None if nobody is known to have. The rules that take accounting come last, and only if no
+    other is broken: what it takes is in the run's hand. costly: whether they come at all.
     """
-    found = "; ".join(refusals(policy, spec, model_bytes, operator, spent))
-    if found:
-        raise PolicyRefused(found)
+    _refuse(_plain(policy, spec, model_bytes, operator, spent))
+    if costly:
+        check_release(policy, spec, spent.released)
 
 
-def refusals(policy: Policy, spec: RunSpec, model_bytes: int, operator: str | None, spent: Spent) -> Iterator[str]:
+def check_promised(policy: Policy, spec: RunSpec, examples: int | None = None) -> None:
+    """The same for what the run promises of its noise. examples: the client's sequences, which tell in `example` mode."""
+    _refuse(_promises(policy, spec, examples))
+
+
+def check_release(
+    policy: Policy, spec: RunSpec, released: Callable[[], Sequence[Released]], examples: int | None = None
+) -> None:
+    """The same for that, and for all that was and is to be released."""
+    check_promised(policy, spec, examples)
+    _refuse(_ledger(policy, released))
+
+
+def refusals(
+    policy: Policy, spec: RunSpec, model_bytes: int, operator: str | None, spent: Spent, examples: int | None = None
+) -> Iterator[str]:
     """Each rule that is broken, with the value and the limit, in words."""
+    yield from _plain(policy, spec, model_bytes, operator, spent)
+    yield from _promises(policy, spec, examples)
+    yield from _ledger(policy, spent.released)
+
+
+def _refuse(found: Iterable[str]) -> None:
+    if words := "; ".join(found):
+        raise PolicyRefused(words)
+
+
+def _plain(policy: Policy, spec: RunSpec, model_bytes: int, operator: str | None, spent: Spent) -> Iterator[str]:
     yield from _whose(policy, spec, operator)
     yield from _work(policy, spec)
     limits: tuple[tuple[str, str, int, int | None], ...] = (
@@ -134,9 +165,7 @@ def refusals(policy: Policy, spec: RunSpec, model_bytes: int, operator: str | No
             f"min_cohort: as few as {smallest:,} clients can be behind a model of this run, "
             f"and the limit is {policy.min_cohort:,}; raise {what}"
         )
-    yield from _privacy(policy, promised(spec))
-    if policy.max_epsilon is not None:
-        yield from _ledger(policy.max_epsilon, spent.released())
+    yield from _hidden(policy, spec)
 
 
 def _whose(policy: Policy, spec: RunSpec, operator: str | None) -> Iterator[str]:
@@ -170,49 +199,83 @@ def _work(policy: Policy, spec: RunSpec) -> Iterator[str]:
         yield f"max_steps: {steps:,} batches a round, and the limit is {policy.max_steps:,}"
 
 
-@dataclass(frozen=True)
-class Promised:
-    """What a run does for its data holders' privacy; None: nothing. epsilon: of the whole run."""
+def _hidden(policy: Policy, spec: RunSpec) -> Iterator[str]:
+    """What the run's operator has signed of its clip and of what the server sees. An adaptive clip is none to rely on."""
+    privacy = spec.privacy
+    if policy.secure_aggregation and not privacy.secure_aggregation:
+        yield (
+            "secure_aggregation: required, and the server sees every single update of this run; "
+            "set privacy.secure_aggregation = true in it"
+        )
+    elif policy.secure_aggregation and privacy.mode == "semi_honest" and not policy.semi_honest:
+        yield (
+            "semi_honest: the run hides updates only from a server that does not lie (privacy.mode = 'semi_honest'), and that is "
+            "not allowed here"
+        )
+    clip = privacy.clip if privacy.secure_aggregation else None
+    if privacy.dp is not None:
+        clip = None if isinstance(privacy.dp.clip, str) else privacy.dp.clip
+    if policy.max_clip is not None and (clip is None or clip > policy.max_clip):
+        yield f"max_clip: {_own('clip', clip)}, and the limit is {policy.max_clip:g}"
 
-    secure: bool = False
-    clip: float | None = None
-    noise: float | None = None
-    epsilon: float | None = None
-    semi_honest: bool = False  # secure, but only from a server that does not lie
+
+def _promises(policy: Policy, spec: RunSpec, examples: int | None) -> Iterator[str]:
+    """Noise and epsilon of the whole run. In `example` mode they follow from the client's data: as far as they are known, and
+    without figures, which would tell how many sequences there are.
+    """
+    dp = spec.privacy.dp
+    open_ = dp is not None and dp.mode == "example" and examples is None
+    if policy.min_noise is not None:
+        noise, why = _multiplier(spec, examples)
+        if not (open_ and noise is None) and (noise is None or noise < policy.min_noise):
+            yield f"min_noise: {why or _own('noise', noise, examples)}, and the least is {policy.min_noise:g}"
+    if policy.max_epsilon is not None:
+        epsilon, why = (None, "") if dp is None else (dp.epsilon, "")
+        if dp is not None and dp.noise_multiplier is not None:
+            _, epsilon, why = _reckoned(spec.canonical, examples)
+        if not (open_ and epsilon is None) and (epsilon is None or epsilon > policy.max_epsilon):
+            yield f"max_epsilon: {why or _own('epsilon', epsilon, examples)}, and the limit is {policy.max_epsilon:g}"
 
 
-def promised(spec: RunSpec) -> Promised:
-    """What the run's operator has signed of this. An adaptive clip is none that can be relied on."""
-    secure, dp, weak = spec.privacy.secure_aggregation, spec.privacy.dp, spec.privacy.mode == "semi_honest"
-    if dp is None:
-        return Promised(secure, spec.privacy.clip if secure else None, semi_honest=weak)
-    clip = None if isinstance(dp.clip, str) else dp.clip
-    epsilon = dp.epsilon if dp.noise_multiplier is None else _planned(spec)
-    return Promised(secure, clip, multiplier(spec), epsilon, semi_honest=weak)
+def multiplier(spec: RunSpec, examples: int | None = None) -> float | None:
+    """The run's noise multiplier; None if it has none, or only the client's data tell, or it takes the extra seqfed[dp]."""
+    return _multiplier(spec, examples)[0]
 
 
-def multiplier(spec: RunSpec) -> float | None:
-    """The run's noise multiplier; None if it has none, or only this client's data tell, or it takes the extra seqfed[dp]."""
+def _multiplier(spec: RunSpec, examples: int | None) -> tuple[float | None, str]:
+    """The same, and why there is none, if that is not the run's own fault."""
     dp = spec.privacy.dp
     if dp is None or dp.noise_multiplier is not None:
-        return None if dp is None else dp.noise_multiplier
-    return _reckoned(spec.canonical)[0]
-
-
-def _planned(spec: RunSpec) -> float | None:
-    return _reckoned(spec.canonical)[1]
+        return (None if dp is None else dp.noise_multiplier), ""
+    noise, _, why = _reckoned(spec.canonical, examples)
+    return noise, why
 
 
 @lru_cache(maxsize=64)
-def _reckoned(canonical: bytes) -> tuple[float | None, float | None]:
-    """Noise multiplier and epsilon of the whole run, as far as they are known."""
+def _reckoned(canonical: bytes, examples: int | None) -> tuple[float | None, float | None, str]:
+    """Noise multiplier and epsilon of the whole run, as far as they are known, or why they are not."""
     from seqfed.common.dp import accounting
 
     try:
-        found = accounting.plan(RunSpec.model_validate_json(canonical))
-    except ConfigError:
-        return None, None
-    return found.noise_multiplier, found.epsilon
+        found = accounting.plan(RunSpec.model_validate_json(canonical), examples)
+    except ConfigError as error:
+        return None, None, str(error)
+    return found.noise_multiplier, found.epsilon, ""
+
+
+def whole_run(spec: RunSpec, examples: int | None = None) -> tuple[Released, ...]:
+    """What all of the run's rounds would release of one client, as far as it is known; `example` mode takes its sequences."""
+    dp, steps = spec.privacy.dp, list[tuple[float, float, int]]()
+    if dp is None or (dp.mode == "example" and examples is None):
+        return ()
+    noise = multiplier(spec, examples)
+    if dp.mode == "example" and noise is not None:
+        from seqfed.common.dp import accounting
+
+        rate, count = accounting.example_batches(spec, examples)
+        steps.append((noise, rate, count * spec.rounds))
+    taken = min(spec.rounds, dp.participations or spec.rounds)
+    return (Released("", "", spec, noise, spec.rounds, taken, tuple(steps)),)
 
 
 @dataclass(frozen=True)
@@ -229,35 +292,41 @@ def account(released: Sequence[Released]) -> list[Account]:
     """The ledger added up, one account a unit. Raises ConfigError without the extra seqfed[dp].
 
     Releases of one client compose, whatever data set they are of. Where the server draws clients in secret, all rounds so far
-    count, and sampling is what the run's operator has signed.
+    count, and sampling is what the run's operator has signed. What a tree has taken in is in its noise up to the last round.
     """
     from seqfed.common.dp import accounting
 
-    found, parts, deltas, goals = [], [], [], list[tuple[float | None, float]]()
+    of_clients, of_examples = list[tuple[Released, DPSpec]](), list[tuple[Released, DPSpec]]()
     for one in released:
         dp = one.spec.privacy.dp
         assert dp is not None  # or it would not be in the ledger
-        if dp.mode == "example":
-            goals.append((dp.epsilon, dp.delta))
-            continue
-        deltas.append(dp.delta)
-        drawn = dp.population is not None
-        taken = None if drawn else one.releases
-        parts.append((one.spec, one.round if drawn else max(one.round, one.releases), one.noise, taken))
-    if parts:
-        known = [(spec, rounds, noise, taken) for spec, rounds, noise, taken in parts if noise is not None]
-        whole = accounting.together(known, max(deltas)) if len(known) == len(parts) else (None, "unknown noise")
-        found.append(Account("client", whole[0], max(deltas), whole[1]))
-    if goals:
-        known_goals = [epsilon for epsilon, _ in goals if epsilon is not None]
-        whole_goal = math.fsum(known_goals) if len(known_goals) == len(goals) else None
-        found.append(Account("example", whole_goal, math.fsum(delta for _, delta in goals), "the runs' goals added up"))
+        (of_examples if dp.mode == "example" else of_clients).append((one, dp))
+    found = []
+    if of_clients:
+        delta, parts = max(dp.delta for _, dp in of_clients), []
+        for one, dp in of_clients:
+            noise = multiplier(one.spec) if one.noise is None else one.noise
+            rounds = max(one.releases, one.spec.rounds if dp.mechanism == "ftrl" else one.round)
+            if noise is not None:
+                parts.append((one.spec, rounds, noise, None if dp.population is not None else one.releases))
+        known = len(parts) == len(of_clients)
+        whole = accounting.together(parts, delta) if known else (None, "unknown noise")
+        found.append(Account("client", whole[0], delta, whole[1]))
+    if of_examples:
+        delta = max(dp.delta for _, dp in of_examples)
+        epsilon = None
+        if all(one.steps for one, _ in of_examples):
+            epsilon = accounting.epsilon_of_histories((step for one, _ in of_examples for step in one.steps), delta)
+        found.append(Account("example", epsilon, delta, accounting.RDP_OPACUS))
     return found
 
 
-def _ledger(limit: float, released: Sequence[Released]) -> Iterator[str]:
+def _ledger(policy: Policy, released: Callable[[], Sequence[Released]]) -> Iterator[str]:
+    limit = policy.max_epsilon
+    if limit is None:
+        return
     try:
-        accounts = account(released)
+        accounts = account(released())
     except ConfigError as error:
         yield f"max_epsilon: {error}"
         return
@@ -265,33 +334,19 @@ def _ledger(limit: float, released: Sequence[Released]) -> Iterator[str]:
         if one.epsilon is None:
             yield f"max_epsilon: what is spent of the privacy of each {one.unit} is not known, and the limit is {limit:g}"
         elif one.epsilon > limit:
+            # how much it is of each sequence tells how many there are
+            much = "a larger epsilon" if one.unit == "example" else f"epsilon {one.epsilon:.4g}"
             yield (
-                f"max_epsilon: all runs together, with this round, have epsilon {one.epsilon:.4g} (delta {one.delta:g}, unit "
-                f"{one.unit}), and the limit is {limit:g}"
+                f"max_epsilon: all runs together, with this round, have {much} (delta {one.delta:g}, unit {one.unit}), "
+                f"and the limit is {limit:g}"
             )
 
 
-def _privacy(policy: Policy, run: Promised) -> Iterator[str]:
-    if policy.secure_aggregation and not run.secure:
-        yield (
-            "secure_aggregation: required, and the server sees every single update of this run; "
-            "set privacy.secure_aggregation = true in it"
-        )
-    if policy.secure_aggregation and run.secure and run.semi_honest and not policy.semi_honest:
-        yield (
-            "semi_honest: the run hides updates only from a server that does not lie (privacy.mode = 'semi_honest'), and that is "
-            "not allowed here"
-        )
-    if policy.max_clip is not None and (run.clip is None or run.clip > policy.max_clip):
-        yield f"max_clip: {_own('clip', run.clip)}, and the limit is {policy.max_clip:g}"
-    if policy.min_noise is not None and (run.noise is None or run.noise < policy.min_noise):
-        yield f"min_noise: {_own('noise', run.noise)}, and the least is {policy.min_noise:g}"
-    if policy.max_epsilon is not None and (run.epsilon is None or run.epsilon > policy.max_epsilon):
-        yield f"max_epsilon: {_own('epsilon', run.epsilon)}, and the limit is {policy.max_epsilon:g}"
-
-
-def _own(what: str, value: float | None) -> str:
-    return f"the run has no {what}" if value is None else f"the run's {what} is {value:g}"
+def _own(what: str, value: float | None, examples: int | None = None) -> str:
+    if value is None:
+        return f"the run has no {what}"
+    how = f"is {value:g}" if examples is None else "is not enough, or too much, for as many sequences as are here"
+    return f"the run's {what} {how}"
 
 
 def _list(names: tuple[str, ...]) -> str:

@@ -10,6 +10,8 @@ import typer
 if TYPE_CHECKING:
     from seqfed.client.consent import Account
     from seqfed.client.policy import Spent
+    from seqfed.common.spec import RunSpec
+    from seqfed.common.views import Task
 
 policy = typer.Typer(help="Try a data holder's policy.toml on a run; see what runs have had.", no_args_is_help=True)
 
@@ -29,16 +31,20 @@ def check(
     ] = None,
     name: Name = None,
     state: State = None,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of this client, which privacy.dp.mode = 'example' depends on.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what of a run would be refused, and by which rule; status 1 if anything would be. Nothing is sent or written.
 
-    With --state or --name what runs have had before counts too.
+    With --state or --name what runs have had before counts too. Differential privacy counts with all of the run's rounds.
     """
     import json
     from dataclasses import replace
 
-    from seqfed.client.policy import Policy, Released, Spent, multiplier, refusals
+    from seqfed.client import traffic
+    from seqfed.client.policy import Policy, Spent, refusals, whole_run
     from seqfed.common.config import load_toml
     from seqfed.common.errors import ConfigError
     from seqfed.common.model import layout_of
@@ -53,21 +59,25 @@ def check(
     if state is not None or name is not None:
         account = _account(state, name)
         before = replace(account.total(), released=account.released)
-    whole = () if spec.privacy.dp is None else (Released("", "", spec, multiplier(spec), spec.rounds, spec.rounds),)
     first = Spent(
         before.runs + 1,
         1,
         before.rounds_total + 1,
-        before.bytes_total + 2 * size,
-        lambda: (*before.released(), *whole),
+        before.bytes_total + traffic.most(_first(spec, size)),
+        lambda: (*before.released(), *whole_run(spec, examples)),
     )
-    found = list(refusals(known, spec, size, operator, first))
+    found = list(refusals(known, spec, size, operator, first, examples))
+    dp = spec.privacy.dp
+    limited = known.max_epsilon is not None or known.min_noise is not None
+    unsure = limited and examples is None and dp is not None and dp.mode == "example"
     if as_json:
         typer.echo(json.dumps({"run": spec.name, "refused": found}))
     elif found:
         typer.echo("\n  ".join((f"run '{spec.name}' would be refused:", *found)))
     else:
         typer.echo(f"run '{spec.name}' would be done")
+    if unsure and not as_json:
+        typer.echo("  its noise and epsilon depend on the client's sequences; say how many with --examples")
     if found:
         raise typer.Exit(1)
 
@@ -100,8 +110,11 @@ def spent(name: Name = None, state: State = None, as_json: Json = False) -> None
 
 
 def _privacy(account: Account) -> dict[str, list[dict[str, Any]]]:
-    """The client's own ledger: each run with differential privacy, and all together."""
+    """The client's own ledger: each run with differential privacy, and all together. Where the noise follows from the data, the
+    least that there was.
+    """
     from seqfed.client.policy import account as added_up
+    from seqfed.client.policy import multiplier
 
     released = account.released()
     runs = [
@@ -110,12 +123,25 @@ def _privacy(account: Account) -> dict[str, list[dict[str, Any]]]:
             "name": one.spec.name,
             "data": one.data,
             "releases": one.releases,
-            "noise_multiplier": one.noise,
+            "noise_multiplier": min((noise for noise, _, _ in one.steps), default=one.noise or multiplier(one.spec)),
             **vars(added_up([one])[0]),
         }
         for one in released
     ]
     return {"runs": runs, "totals": [vars(one) for one in added_up(released)]}
+
+
+def _first(spec: RunSpec, size: int) -> Task:
+    """The training of a first round, with the fewest clients that may be asked."""
+    from math import ceil
+
+    from seqfed.common.views import MaskingTerms, ModelVersion, Task, TaskKey, TaskKind
+
+    model = ModelVersion(0, size, b"initial", b"")
+    masking = None
+    if spec.privacy.secure_aggregation:
+        masking = MaskingTerms(1, ceil(spec.cohort.required * spec.cohort.over_select))
+    return Task(TaskKind.TRAIN, TaskKey("", 1, 1), spec, model, masking=masking)
 
 
 def _figures(one: Spent) -> dict[str, int]:

@@ -10,8 +10,9 @@ federation has gone on. An evaluation waits for its turn behind a training in ha
 task wherever that is. The same task again, perhaps for another attempt, is the one in hand; if it brings the number of a new
 masked sum, the one under way is given up for it.
 
-In a private run the server is told how far a task is in per cent, and nothing of its loss. What a training has
-made is kept for another attempt at its round, unless a sum that it was in may have been opened: then it is made anew.
+In a private run the server is told how far a task is in per cent, nothing of its loss, and of an error that may tell of the data
+its name. What a training has made is kept for another attempt at its round, unless a sum that it was in may have been opened:
+then it is made anew. With differential privacy consent is asked for each noise that is drawn and each masked sum.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from seqfed.client.channel import connected
 from seqfed.client.connection import Connection
 from seqfed.client.enroll import Renewal
 from seqfed.client.packing import Packer
+from seqfed.client.traffic import missed
 from seqfed.client.work import LocalUpdate, Workshop
 from seqfed.common import views
 from seqfed.common.compression import Key, decode, largest
@@ -50,6 +52,7 @@ from seqfed.common.errors import (
     MaskingRefused,
     NoModel,
     Overloaded,
+    PolicyRefused,
     RateLimited,
     RunEnded,
     SeqfedError,
@@ -73,8 +76,9 @@ from seqfed.common.transfer import Pace, Reassembly
 from seqfed.common.views import Progress, Stage, TaskKind
 
 if TYPE_CHECKING:
+    from seqfed.client.consent import Consent
     from seqfed.client.masking import Masking
-    from seqfed.common.masking.messages import Reply, Request
+    from seqfed.common.wire_masking import Reply, Request
 
 log = logging.getLogger("seqfed.client")
 
@@ -98,6 +102,7 @@ PASSING = (*BROKEN, UnknownSession, Unauthenticated, Overloaded, RateLimited, Le
 OUTDATED = (WrongRound, RunEnded, NoModel, UnknownRun, DuplicateUpdate, MaskingFailed)
 # What following the steps to a model ends with where the whole model is then the remedy.
 FELL_SHORT = (NoModel, BrokenTransfer, ChecksumMismatch, LayoutMismatch, TooLarge, UpdateOutOfRange, VersionMismatch)
+OF_RULES = (PolicyRefused, ConfigError, MaskingRefused)  # their words are of the run and of rules, not of data
 UNHURRIED: Final = (Stage.FETCHING, Stage.SENDING)  # told even if nothing moved: what they wait for is elsewhere
 READING_S: Final = 600.0  # so long may the data be read without a sign of it
 
@@ -178,7 +183,7 @@ class Session:
         dial: Dial = connected,
         renewal: Renewal | None = None,
         rng: random.Random | None = None,
-        consent: Callable[[views.Task], None] | None = None,
+        consent: Consent | None = None,
         masking: Masking | None = None,
         packer: Packer | None = None,
     ) -> None:
@@ -365,7 +370,7 @@ class Session:
     async def _do(self, hand: _Hand) -> None:
         task, masking = hand.task, self._masking_for(hand.task)
         if self._consent is not None:
-            await asyncio.to_thread(self._consent, task)
+            await asyncio.to_thread(self._consent, task, b"" if self._model is None else self._model[0])
         hand.reads_until = asyncio.get_running_loop().time() + READING_S
         if task.kind is TaskKind.MEASURE:
             tally = await asyncio.to_thread(self._workshop.measure, task)
@@ -407,8 +412,11 @@ class Session:
             if digest == model.digest:
                 return flat
             self._model = None
-            if (missed := _missed(model, digest)) and await self._follow(hand, flat, missed):
-                return await self._have_model(hand, flat)
+            if steps := missed(model, digest):
+                if await self._follow(hand, flat, steps):
+                    return await self._have_model(hand, flat)
+                if self._consent is not None:
+                    await asyncio.to_thread(self._consent.more, hand.task, model.nbytes)
         if flat is None or flat.nbytes != model.nbytes:
             flat = np.empty(model.nbytes // BYTES_PER_PARAMETER, "<f4")
         room = flat.data.cast("B")
@@ -478,14 +486,20 @@ class Session:
         return True
 
     async def _update(self, hand: _Hand, flat: Flat, masking: Masking | None = None, number: int = 0) -> LocalUpdate:
-        """What the training makes; for a masked sum, of this number, what it has made before unless that may have been opened."""
+        """What the training makes, or has made before unless a masked sum that it was in may have been opened; number: of the
+        masked sum that it is for.
+        """
         task = hand.task
         of = (task.key.run, task.key.round, task.model.digest)
         opened = () if masking is None else await asyncio.to_thread(masking.log.opened, task.key)
-        if masking is not None and self._trained is not None:
-            before, update = self._trained
-            if before == of and update.digest not in opened:
-                return update
+        update = None if self._trained is None or self._trained[0] != of else self._trained[1]
+        if update is not None and update.digest in opened:
+            update = None
+        if self._consent is not None and task.spec.privacy.dp is not None:
+            examples = len((await asyncio.to_thread(self._workshop.check, task)).training)
+            await asyncio.to_thread(self._consent.release, task, number, examples, update is None)
+        if update is not None:
+            return update
         self._trained = None  # its memory is used again
         anew = (number,) if opened else ()
         made = await asyncio.to_thread(self._workshop.train, task, flat, hand.dropped.done, hand.tell, *anew)
@@ -555,8 +569,8 @@ class Session:
             clock = asyncio.get_running_loop().time
             began = clock()
             with self._paced():
-                await server.submit_update(replace(what, offset=offset), data, self._pace.size, sent)
-            self._pace.carried(len(data) - offset, clock() - began)
+                busy_s = await server.submit_update(replace(what, offset=offset), data, self._pace.size, sent)
+            self._pace.carried(len(data) - offset, clock() - began - busy_s)
 
         sent(0)
         await self._persist(hand, send, turn)
@@ -588,6 +602,9 @@ class Session:
             else:
                 if not turn.over.done():
                     return given
+            if self._consent is not None:
+                task = replace(hand.task, key=hand.turn.key, masking=hand.turn.masking)
+                await asyncio.to_thread(self._consent.more, task)
 
     async def _be_in(self, hand: _Hand, masking: Masking, turn: _Turn, number: int, given: secure.Given) -> None:
         key = turn.key
@@ -610,7 +627,22 @@ class Session:
             await self._send(hand, lambda: header, memoryview(packed), turn)
 
         hand.tell(Progress(Stage.SENDING))
-        await secure.take_part(masking, replace(hand.task, key=key, masking=turn.masking), given, ask, send)
+        task = replace(hand.task, key=key, masking=turn.masking)
+        if not isinstance(given, LocalUpdate) or not task.spec.compression.feeds_back:
+            await secure.take_part(masking, task, given, ask, send)
+            return
+        layout, digest = layout_of(task.spec), given.digest
+        rest = await asyncio.to_thread(self._packer.take, task, layout)
+        if rest is not None:
+            given = replace(given, delta=given.delta + rest)
+        try:
+            await secure.take_part(masking, task, given, ask, send)
+        except BaseException:
+            if digest not in masking.log.opened(key):
+                self._packer.put_back(key.run)
+            raise
+        left = await asyncio.to_thread(secure.rest_of, task, given)
+        await asyncio.to_thread(self._packer.keep, task, layout, left)
 
     @contextlib.contextmanager
     def _paced(self) -> Iterator[None]:
@@ -660,8 +692,7 @@ class Session:
     async def _beat(self, hand: _Hand) -> None:
         """Tell the server every BEAT_S how far the task is, as long as it goes on; what it does not want is dropped."""
         told: tuple[Connection, Progress] | None = None
-        private = hand.task.spec.privacy
-        secret = private.secure_aggregation or (private.dp is not None and not private.dp.is_public)
+        secret = _is_secret(hand.task)
         while True:
             await asyncio.sleep(BEAT_S)
             connection, progress = self._connection, hand.progress
@@ -679,16 +710,12 @@ class Session:
                 continue
 
     async def _tell_failure(self, hand: _Hand, error: SeqfedError) -> None:
+        if _is_secret(hand.task) and not isinstance(error, OF_RULES):
+            error = type(error)("the client's log has the reason")
         try:
             await self._persist(hand, lambda server: server.report_failure(hand.key, error))
         except (_Overtaken, SeqfedError):
             about(self._log, run=hand.key.run, round=hand.key.round).info("the server no longer asks")
-
-
-def _missed(model: views.ModelVersion, held: bytes) -> Sequence[views.ModelStep]:
-    """The steps to the model from the one that is held; none if they do not begin there."""
-    place = next((at for at, one in enumerate(model.steps) if one.base == held), len(model.steps))
-    return model.steps[place:]
 
 
 def _sink(room: bytearray) -> Callable[[int, bytes], None]:
@@ -708,6 +735,12 @@ def _add(flat: Flat, change: Iterator[Flat]) -> None:
 def _same(one: views.Task, other: views.Task) -> bool:
     """Whether two tasks are of the same round, in whichever attempt."""
     return (one.key.run, one.key.round) == (other.key.run, other.key.round)
+
+
+def _is_secret(task: views.Task) -> bool:
+    """Whether the server is to learn nothing of the data but what is made for it."""
+    private = task.spec.privacy
+    return private.secure_aggregation or (private.dp is not None and not private.dp.is_public)
 
 
 def _coarse(progress: Progress) -> Progress:

@@ -228,5 +228,11 @@ class ClientSettings(Settings):
         description="peers.toml: the masking key of every client (seqfed client key), for runs with secure aggregation; left "
         "out: those that have certificates of the same federation",
     )
+    homomorphic_key: Path | None = Field(
+        strict=False,
+        default=None,
+        description="the CKKS key that all clients have a copy of (seqfed client key --homomorphic FILE), for runs with "
+        "privacy.homomorphic",
+    )
     insecure: bool = Field(default=False, description="allow plaintext off the loopback interface")
     log_json: bool = Field(default=False, description="log a JSON object a line instead of text")

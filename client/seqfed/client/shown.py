@@ -35,10 +35,15 @@ def round_dict(record: RoundRecord) -> dict[str, Any]:
         "evaluated_clients": record.evaluated_clients,
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
-        "traffic": {client: {"bytes_up": up, "bytes_down": down} for client, (up, down) in record.traffic.items()},
+        "traffic": traffic_dict(record),
         "seconds": round(record.seconds, 4),
         "slowest_training_seconds": round(record.slowest_training_seconds, 4),
     }
+
+
+def traffic_dict(record: RoundRecord) -> dict[str, dict[str, int]]:
+    """What a round has moved, by client."""
+    return {client: {"bytes_up": up, "bytes_down": down} for client, (up, down) in sorted(record.traffic.items())}
 
 
 def run_dict(view: RunView) -> dict[str, Any]:
@@ -219,9 +224,24 @@ def tasks_table(view: RunView, most: int = 12) -> Group:
     return Group(table, *([Text(f"and {more:,} more")] if more > 0 else []))
 
 
-def live(view: RunView, rounds: list[RoundRecord]) -> Group:
-    """All that there is to see of a run under way."""
-    return Group(progress_table(view, rounds), *([tasks_table(view)] if view.tasks else []))
+def traffic_table(last: RoundRecord, moved: Mapping[str, tuple[int, int]], most: int = 12) -> Group:
+    """Bytes by client, in the last finished round and in all of them (`moved`), up and down; those with the most first."""
+    table = Table("client", "up", "down", "up, all rounds", "down, all rounds")
+    ranked = sorted(moved.items(), key=lambda one: (-sum(one[1]), one[0]))
+    for client, whole in ranked[:most]:
+        table.add_row(Text(client), *map(size, (*last.traffic.get(client, (0, 0)), *whole)))
+    more = len(ranked) - most
+    return Group(table, *([Text(f"and {more:,} more")] if more > 0 else []))
+
+
+def live(view: RunView, rounds: list[RoundRecord], moved: Mapping[str, tuple[int, int]]) -> Group:
+    """All that there is to see of a run under way; moved: bytes up and down by client, in all of its rounds."""
+    parts: list[Table | Group] = [progress_table(view, rounds)]
+    if view.tasks:
+        parts.append(tasks_table(view))
+    if moved:
+        parts.append(traffic_table(rounds[-1], moved))
+    return Group(*parts)
 
 
 def _holding_up(task: TaskView) -> tuple[bool, float, int, float, str]:

@@ -126,9 +126,16 @@ class _Table:
     def __init__(self, console: Console) -> None:
         self._live = Live(console=console, refresh_per_second=8)
         self._live.start()
+        self._added = 0  # rounds in `_moved`
+        self._moved: dict[str, tuple[int, int]] = {}
 
     def update(self, view: RunView, rounds: list[RoundRecord]) -> None:
-        self._live.update(live(view, rounds))
+        for record in rounds[self._added :]:
+            for client, (up, down) in record.traffic.items():
+                before = self._moved.get(client, (0, 0))
+                self._moved[client] = before[0] + up, before[1] + down
+        self._added = len(rounds)
+        self._live.update(live(view, rounds, self._moved))
 
     def close(self) -> None:
         self._live.stop()

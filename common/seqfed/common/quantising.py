@@ -80,20 +80,7 @@ def quantise(
     update: float32 (dim,), left as it is. share: in (0, 1]. seed: of the rotation, the same for all of a round's clients.
     rounding: the same state gives the same bits. Holds one more float32 vector. Raises NonFiniteUpdate.
     """
-    length = _length(update)
-    if not math.isfinite(length):
-        place = int(np.flatnonzero(~np.isfinite(update))[0])
-        raise NonFiniteUpdate(
-            f"an update holds {update[place]}; lower the learning rate or look for missing values in the data"
-        )
-    clipped = length > lattice.clip
-    turned = np.multiply(
-        update,
-        lattice.clip / length if clipped else 1.0,
-        dtype=np.float64,
-        casting="same_kind",
-        out=np.empty(lattice.dim, np.float32),
-    )
+    turned, clipped = shortened(update, lattice.clip)
     rotate(turned, seed)
     found = np.empty(lattice.dim, lattice.dtype)
     reals, whole, draws = np.empty(PIECE), np.empty(PIECE, np.int64), rounding.bit_generator
@@ -110,6 +97,20 @@ def quantise(
         ints >>= 16
         ints &= mask
         np.copyto(found[start : start + count], ints, casting="unsafe")
+    return found, clipped
+
+
+def shortened(update: Flat, clip: float) -> tuple[Flat, bool]:
+    """The update scaled down to this norm, anew, and whether it was longer. Raises NonFiniteUpdate."""
+    length = _length(update)
+    if not math.isfinite(length):
+        place = int(np.flatnonzero(~np.isfinite(update))[0])
+        raise NonFiniteUpdate(
+            f"an update holds {update[place]}; lower the learning rate or look for missing values in the data"
+        )
+    clipped = length > clip
+    found = np.empty(len(update), np.float32)
+    np.multiply(update, clip / length if clipped else 1.0, dtype=np.float64, casting="same_kind", out=found)
     return found, clipped
 
 

@@ -21,8 +21,13 @@ from numpy.typing import NDArray
 from seqfed.common.seeds import generator
 
 Flat = NDArray[np.float32]
-BITS: Final = 16  # log2 of the numbers worked on at once: two buffers of 256 KiB stay in a core's cache
+BITS: Final = 16  # log2 of the numbers worked on at once: three buffers of 256 KiB stay in a core's cache
 FAR: Final = 8  # stages over numbers that lie further apart than that, at once: runs of 2^8 numbers are moved
+LINE: Final = 16  # numbers of a cache line: over memory that begins within one, additions take twice as long
+# Numbers of a row; shorter ones numpy may copy into a buffer before it adds them. By default it does so up to thousands, which
+# makes a stage four times as slow.
+APART: Final = 64
+SIGNS: Final = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1), -1, 1).astype(np.float32)
 
 
 def span(size: int) -> int:
@@ -36,16 +41,24 @@ def span(size: int) -> int:
 
 def rotate(numbers: Flat, seed: int) -> None:
     """Rotate a contiguous float32 vector of at least one number, in place."""
+    room = aligned(_room(len(numbers)))
     for nth, part in _parts(numbers):
-        _flip(part, seed, nth)
-        _transform(part)
+        _flip(part, seed, nth, room)
+        _transform(part, room)
 
 
 def unrotate(numbers: Flat, seed: int) -> None:
     """The inverse of `rotate` with the same seed, in place; what comes back differs by float32's rounding."""
+    room = aligned(_room(len(numbers)))
     for nth, part in reversed(_parts(numbers)):
-        _transform(part)
-        _flip(part, seed, nth)
+        _transform(part, room)
+        _flip(part, seed, nth, room)
+
+
+def aligned(size: int) -> Flat:
+    """Room for so many numbers, from the beginning of a cache line."""
+    found = np.empty(size + LINE, np.float32)
+    return found[-(int(found.__array_interface__["data"][0]) // 4) % LINE :][:size]
 
 
 def _parts(numbers: Flat) -> list[tuple[int, Flat]]:
@@ -53,55 +66,76 @@ def _parts(numbers: Flat) -> list[tuple[int, Flat]]:
     return [(0, numbers[:size])] + ([(1, numbers[-size:])] if size < len(numbers) else [])
 
 
-def _flip(numbers: Flat, seed: int, nth: int) -> None:
+def _square(size: int) -> tuple[int, int]:
+    """Rows and columns of what is worked on at once of so many numbers, a power of two."""
+    stages = min(size.bit_length() - 1, BITS)
+    return 1 << stages // 2, 1 << stages - stages // 2
+
+
+def _room(size: int) -> int:
+    """Numbers of the memory for that: as many again, and a square whose rows have a cache line more."""
+    _, columns = _square(span(size))
+    return max(64, columns * columns) + columns * (columns + LINE)
+
+
+def _flip(numbers: Flat, seed: int, nth: int, room: Flat) -> None:
     """Times a random sign each, and times the factor that makes the transform orthonormal; len(numbers) is a power of two."""
     # The raw stream: numpy promises that one, for all its versions.
-    signs = generator(seed, "signs", nth).bit_generator
-    factor = np.float32(1 / math.sqrt(len(numbers)))
+    draws = generator(seed, "signs", nth).bit_generator
+    signs = SIGNS * np.float32(1 / math.sqrt(len(numbers)))
     for start in range(0, len(numbers), 1 << BITS):
         part = numbers[start : start + (1 << BITS)]
-        part *= factor
-        raw: NDArray[np.uint64] = signs.random_raw(-(-len(part) // 64))
-        bits = np.unpackbits(raw.astype("<u8").view(np.uint8), count=len(part))
-        part.view(np.uint32)[:] ^= bits.astype(np.uint32) << np.uint32(31)
+        raw: NDArray[np.uint64] = draws.random_raw(-(-len(part) // 64))
+        turns = room[: 64 * len(raw)]
+        # "clip", since numpy writes to `turns` itself only if it has not to look for bad indices first; bytes are none.
+        signs.take(raw.astype("<u8", copy=False).view(np.uint8), 0, turns.reshape(-1, 8), "clip")
+        part *= turns[: len(part)]
 
 
-def _transform(numbers: Flat) -> None:
+def _transform(numbers: Flat, room: Flat) -> None:
     """The Walsh-Hadamard transform in Sylvester's order, not scaled, in place; len(numbers) is a power of two.
 
     The matrix for 2^k is the Kronecker product of k of [[1, 1], [1, -1]], one stage each; any order of stages gives it.
     Neighbours' stages are done on the transposed square, so that numpy always adds long rows.
     """
-    stages = len(numbers).bit_length() - 1
-    near = min(stages, BITS)
-    one, other = np.empty(1 << near, np.float32), np.empty(1 << near, np.float32)
-    rows, columns = 1 << near // 2, 1 << near - near // 2
-    for square in numbers.reshape(-1, rows, columns):
-        np.copyto(one.reshape(rows, columns), square)
-        one, other = _down(one, other, columns)
-        np.copyto(other.reshape(columns, rows), one.reshape(rows, columns).T)
-        one, other = _down(other, one, rows)
-        np.copyto(square, one.reshape(columns, rows).T)
-    done = near
-    while done < stages:
-        count = min(FAR, stages - done)
-        width = 1 << near - count
-        for far in numbers.reshape(-1, 1 << count, 1 << done):
-            for first in range(0, 1 << done, width):
-                strip = far[:, first : first + width]
-                np.copyto(one.reshape(-1, width), strip)
-                one, other = _down(one, other, width)
-                np.copyto(strip, one.reshape(-1, width))
-        done += count
+    rows, columns = _square(len(numbers))
+    size = rows * columns
+    spare = room[:size], room[-columns * (columns + LINE) :]
+    # Rows of what is transposed lie a line further apart than they are long, lest a column's numbers share few cache sets.
+    wide = spare[1].reshape(columns, columns + LINE)
+    before = np.setbufsize(APART)
+    try:
+        for square in numbers.reshape(-1, size):
+            for high, long in ((rows, columns), (columns, rows)):
+                found = wide[:high, :long]
+                _down(square.reshape(high, long), found, spare)
+                np.copyto(square.reshape(long, high), found.T)
+        done = size
+        while done < len(numbers):
+            count = min(1 << FAR, len(numbers) // done)
+            width = size // count
+            found = spare[1][:size].reshape(count, width)
+            for far in numbers.reshape(-1, count, done):
+                for first in range(0, done, width):
+                    strip = far[:, first : first + width]
+                    _down(strip, found, spare)
+                    np.copyto(strip, found)
+            done *= count
+    finally:
+        np.setbufsize(before)
 
 
-def _down(one: Flat, other: Flat, width: int) -> tuple[Flat, Flat]:
-    """The transform of each column of a (2^k, width) array, flat, and a spare one: in the memory of these two, of one size."""
-    half = len(one) // 2
-    while half >= width:
-        old, new = one.reshape(-1, 2, half), other.reshape(-1, 2, half)
+def _down(source: Flat, target: Flat, spare: tuple[Flat, Flat]) -> None:
+    """The transform of each column of `source` to `target`, both (2^k, width), by turns in two spare arrays; the second of
+    them may be the target's memory.
+    """
+    rows, width = source.shape
+    if rows == 1:
+        np.copyto(target, source)
+    while rows > 1:
+        rows //= 2
+        found = spare[rows.bit_length() % 2][: source.size].reshape(-1, width) if rows > 1 else target
+        old, new = source.reshape(-1, 2, rows, width), found.reshape(-1, 2, rows, width)
         np.add(old[:, 0], old[:, 1], out=new[:, 0])
         np.subtract(old[:, 0], old[:, 1], out=new[:, 1])
-        one, other = other, one
-        half //= 2
-    return one, other
+        source = found

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Shape = Annotated[tuple[Annotated[int, Field(ge=1, le=1 << 40)], ...], Field(max_length=32, strict=False)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]  # of a column, or a value in one
+LEVELS = {"rotq8": 127, "rotq4": 7}  # L of each client in a masked sum, whose bits follow
 
 
 class Settings(BaseModel):
@@ -398,7 +399,7 @@ class DPSpec(Settings):
         default="gaussian",
         description="of central: fresh noise each round; or that of a tree over the rounds, which claims nothing of sampling",
     )
-    epsilon: Annotated[float, Field(gt=0, le=1000)] | None = Field(
+    epsilon: Annotated[float, Field(gt=0, le=100)] | None = Field(
         default=None, description="the most that the run may spend; no round begins that would pass it"
     )
     delta: float = Field(gt=0, le=0.01, description="chance beyond epsilon; well below one in the number of clients")
@@ -417,8 +418,10 @@ class DPSpec(Settings):
     participations: Count | None = Field(
         default=None, description="of ftrl: rounds that one client takes part in at most; left out: all"
     )
-    colluding: int = Field(
-        default=0, ge=0, le=100_000, description="of distributed: clients in a sum assumed to side with the server"
+    colluding: Annotated[int, Field(ge=0, le=100_000)] | None = Field(
+        default=None,
+        description="of distributed: clients in a sum whose noise is not counted on, since whoever attacks knows it; left out: "
+        "1, as each client knows its own; 0: against the server alone",
     )
     evaluation: Literal["refuse", "public"] = Field(
         default="refuse",
@@ -437,6 +440,7 @@ class DPSpec(Settings):
             ("population", self.population is None or self._plain_central, "mode = 'central', mechanism = 'gaussian'"),
             ("clip = 'adaptive'", self.clip != "adaptive" or self._plain_central, "mode = 'central', mechanism = 'gaussian'"),
             ("participations", self.participations is None or self.mechanism == "ftrl", "mechanism = 'ftrl'"),
+            # 0 is what earlier versions wrote for every mode
             ("colluding", not self.colluding or self.mode == "distributed", "mode = 'distributed'"),
         ):  # fmt: skip
             if not fits:
@@ -451,6 +455,11 @@ class DPSpec(Settings):
     def first_clip(self) -> float:
         """The clip of the first round; the adaptive one begins low, where it grows quickly (Andrew et al. 2021, 3.2)."""
         return 0.1 if isinstance(self.clip, str) else self.clip
+
+    @property
+    def known(self) -> int:
+        """Clients of a sum whose noise is not counted on."""
+        return 1 if self.colluding is None else self.colluding
 
     @property
     def is_public(self) -> bool:
@@ -470,7 +479,10 @@ class PrivacySpec(Settings):
         description="against a server that lies (two thirds of the clients must stay to the end), or one that only looks (half)",
     )
     min_survivors: int = Field(default=3, ge=2, le=100_000, description="smallest number of clients in a sum")
-    b: Literal[8, 12, 16, 18, 20, 24, 32] = Field(default=16, description="bits a parameter in an upload")
+    b: Literal[4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 24, 32] = Field(
+        default=16,
+        description="bits a parameter in an upload; with compression.wrap and left out: those with the least noise",
+    )
     clip: float = Field(
         default=10.0, gt=0, le=1e6, description="L2 norm of an update above which the client scales it down to that"
     )
@@ -481,13 +493,23 @@ class PrivacySpec(Settings):
         description="share of clients that may leave in the course of one sum, for large cohorts",
     )
     step_s: float = Field(default=60.0, gt=0, le=86_400, description="seconds that a client may take for one step")
+    homomorphic: bool = Field(
+        default=False,
+        description="sums of ciphertexts under a key that the clients share, in place of masks; for small models, and a server "
+        "that does not lie",
+    )
     dp: DPSpec | None = Field(default=None, description="differential privacy; left out: none")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.secure_aggregation and self.model_copy(update={"dp": None}) != PrivacySpec.model_construct():
             raise ValueError(
-                "privacy.mode, min_survivors, b, clip, drop and step_s are of secure_aggregation = true; set it"
+                "privacy.mode, min_survivors, b, clip, drop, step_s and homomorphic are of secure_aggregation = true; set it"
+            )
+        if self.homomorphic and self.mode != "semi_honest":
+            raise ValueError(
+                "privacy.homomorphic = true holds against a server that looks, not against one that lies: it could have a client "
+                "decrypt another's numbers; set privacy.mode = 'semi_honest', or use masks"
             )
         if self.dp is not None:
             self._check_dp(self.dp)
@@ -505,11 +527,21 @@ class PrivacySpec(Settings):
                 raise ValueError(
                     f"privacy.b = {self.b}: the noise of privacy.dp.mode = 'distributed' needs b = 16 or more to keep its scale"
                 )
-            if dp.colluding >= self.min_survivors:
+            if dp.known >= self.min_survivors:
                 raise ValueError(
-                    f"privacy.dp.colluding ({dp.colluding}) leaves nobody of privacy.min_survivors ({self.min_survivors}) to "
+                    f"privacy.dp.colluding ({dp.known}) leaves nobody of privacy.min_survivors ({self.min_survivors}) to "
                     "add noise; raise min_survivors"
                 )
+        if self.secure_aggregation and dp.population is not None:
+            raise ValueError(
+                "privacy.dp.population: each client that is drawn for a masked sum learns who else was, so nothing is gained by "
+                "drawing in secret; drop population, or secure_aggregation"
+            )
+        if self.homomorphic and dp.mode == "central":
+            raise ValueError(
+                "privacy.dp.mode = 'central': the clients that open an encrypted sum see it before the server adds noise; use "
+                "'distributed', or masks"
+            )
         if self.secure_aggregation and dp.clip == "adaptive":
             raise ValueError(
                 "privacy.dp.clip = 'adaptive': under secure aggregation the clients clip, and no task tells them a clip that "
@@ -545,6 +577,11 @@ class CompressionSpec(Settings):
         description="share that is sent of rotated (eden1: 0.16 if left out; rotsub: 0.1) or largest numbers (topk: 0.02)",
     )
     bits: Literal[1, 8] | None = Field(default=None, description="of topk: a number's sign (if left out), or a byte")
+    wrap: Annotated[float, Field(ge=1e-12, le=0.01)] | None = Field(
+        default=None,
+        description="of rotsub: chance that a number of a sum wraps, with which 4 to 6 bits a number suffice, as the last sum "
+        "tells: 6e-5, say; left out: none ever does",
+    )
     rank: Annotated[int, Field(ge=1, le=1 << 10)] | None = Field(
         default=None, description="of powersgd: of what stands for a matrix; 4 if left out"
     )
@@ -555,7 +592,12 @@ class CompressionSpec(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for name, owners in (("fraction", ("eden1", "rotsub", "topk")), ("bits", ("topk",)), ("rank", ("powersgd",))):
+        for name, owners in (
+            ("fraction", ("eden1", "rotsub", "topk")),
+            ("bits", ("topk",)),
+            ("wrap", ("rotsub",)),
+            ("rank", ("powersgd",)),
+        ):
             if getattr(self, name) is not None and self.upload not in owners:
                 fitting = " or ".join(f"'{one}'" for one in owners)
                 raise ValueError(f"compression.{name} belongs to upload = {fitting}, not to '{self.upload}'; drop it")
@@ -649,32 +691,50 @@ class RunSpec(Settings):
             if upload == "rotsub":
                 raise ValueError(
                     "compression.upload = 'rotsub' sends the same part of all updates, for masked sums; without "
-                    "privacy.secure_aggregation use 'eden1'"
+                    f"privacy.secure_aggregation use '{'eden1' if self.measured_by is None else 'rotq4'}'"
                 )
-        elif upload in {"rotq8", "rotq4"}:
-            raise ValueError(
-                f"compression.upload = '{upload}': a masked sum's numbers are rotated and rounded already, to privacy.b bits; "
-                "use upload = 'none' with privacy.b = 8, or 'rotsub'"
-            )
+        elif upload in LEVELS:
+            # The default stands in every canonical text, so it cannot be told from a number that was left out.
+            if self.privacy.b != PrivacySpec.model_fields["b"].default:
+                raise ValueError(
+                    f"privacy.b = {self.privacy.b}: with compression.upload = '{upload}' a round's sum takes as many bits as "
+                    f"{LEVELS[upload]} levels of each of its clients need; drop privacy.b, or use upload = 'none'"
+                )
         elif upload == "eden1":
             raise ValueError(
                 "compression.upload = 'eden1': each client sends another part of its update, which no masked sum can be of; use "
                 "'rotsub'"
             )
-        elif upload in {"topk", "powersgd"}:
-            needs = "the server to see which numbers are sent" if upload == "topk" else "two masked sums a round"
-            raise ValueError(f"compression.upload = '{upload}' needs {needs}, which there is not; use 'rotsub'")
+        elif upload == "topk":
+            raise ValueError(
+                "compression.upload = 'topk' needs the server to see which numbers are sent; in masked sums use 'rotsub'"
+            )
+        if self.measured_by is not None:
+            self._check_measured(self.measured_by)
         if dp is None:
             return
-        if self.compression.feeds_back:
+        if upload in (*LEVELS, "rotsub") and self.privacy.secure_aggregation and dp.mode in {"central", "distributed"}:
             raise ValueError(
-                f"compression.upload = '{upload}' sends what it left out of earlier updates, and privacy.dp counts on each "
-                "client's clipped update of this round alone; use 'eden1' or 'rotq4'"
+                f"compression.upload = '{upload}': the noise of privacy.dp.mode = '{dp.mode}' is for all numbers of a masked "
+                "sum, in its own steps; use 'none'"
             )
-        if upload == "rotsub" and dp.mode in {"central", "distributed"}:
+
+    def _check_measured(self, by: str) -> None:
+        """Raise ValueError for an upload whose length is not the update's, where a setting is for that."""
+        upload, use = self.compression.upload, "'none'" if self.privacy.secure_aggregation else "'rotq8' or 'rotq4'"
+        if upload == "eden1":
             raise ValueError(
-                f"compression.upload = 'rotsub': the noise of privacy.dp.mode = '{dp.mode}' is for all numbers of a masked sum; "
-                "use 'none'"
+                "compression.upload = 'eden1': what the server decodes is some three times as long as the update, for which "
+                f"{by} is set; use {use}"
+            )
+        if self.compression.feeds_back:
+            why = (
+                "privacy.dp counts on each client's clipped update of this round alone"
+                if self.privacy.dp is not None
+                else f"no client hears what {by} takes off"
+            )
+            raise ValueError(
+                f"compression.upload = '{upload}' sends what it left out of earlier updates, and {why}; use {use}"
             )
 
     def _check_private(self, dp: DPSpec) -> None:
@@ -756,6 +816,13 @@ class RunSpec(Settings):
         if self.asynchronous is not None:
             return self.cohort.needed(self.asynchronous.buffer)
         return self.cohort.needed(self.cohort.min_clients if self.cohort.count is None else self.cohort.count)
+
+    @property
+    def measured_by(self) -> str | None:
+        """The setting that is for the length of each update; None if there is none."""
+        if self.privacy.dp is not None:
+            return "privacy.dp"
+        return None if self.aggregation.max_norm is None else "aggregation.max_norm"
 
     @property
     def folds_late(self) -> bool:

@@ -21,6 +21,9 @@ SMALLEST_CHUNK: Final = (
 GRAIN: Final = 4  # bytes of a float32: chunks never cut one
 DIGEST_BYTES: Final = 32
 
+TELLING_S: Final = 0.5  # what takes longer is mostly the way's width, what is shorter may be its length
+TRUST: Final = 1.25  # how much more a way is thought to carry after each short upload: so a larger one is tried again
+
 Sink = Callable[[int, bytes], None]  # (offset of the first byte, bytes)
 
 
@@ -41,7 +44,8 @@ class Pace:
 
     def __init__(self) -> None:
         self.size = CHUNK_BYTES
-        self.bytes_per_s = math.inf  # that the link has carried; infinity before that is known
+        self.bytes_per_s = math.inf  # that the way up carries; infinity as long as nothing was slow
+        self._uploaded = False
 
     def broken(self) -> None:
         self.size = max(self.size // 2, min(SMALLEST_CHUNK, CHUNK_BYTES))
@@ -50,15 +54,21 @@ class Pace:
         self.size = min(2 * self.size, CHUNK_BYTES)
 
     def timed(self, nbytes: int, seconds: float) -> None:
-        """So many bytes took so long, and waited for nothing but the link."""
-        self.carried(nbytes, seconds)
+        """So many bytes came in so long, and waited for nothing but the link."""
+        if not self._uploaded:
+            self._learn(nbytes, seconds)
         while self.size > SMALLEST_CHUNK and self.size * seconds > nbytes:
             self.size //= 2
 
     def carried(self, nbytes: int, seconds: float) -> None:
-        """So many bytes took so long, with whatever they waited for."""
-        if nbytes >= SMALLEST_CHUNK and seconds > 0:  # less says more of the way's length than of its width
-            self.bytes_per_s = nbytes / seconds
+        """An upload of so many bytes took so long."""
+        self._uploaded = True
+        self._learn(nbytes, seconds)
+
+    def _learn(self, nbytes: int, seconds: float) -> None:
+        if nbytes > 0 and seconds > 0:
+            found = nbytes / seconds
+            self.bytes_per_s = found if seconds >= TELLING_S else max(found, TRUST * self.bytes_per_s)
 
 
 class Reassembly:

@@ -59,10 +59,14 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class MaskingTerms:
-    """What the server chooses of a masked sum: its number in the run, and how many clients can be in it."""
+    """What the server chooses of a masked sum: its number in the run, and how many clients can be in it.
+
+    known: what the last round's sum tells of how this one is made, where that matters (see `seqfed.common.masking.agreed`).
+    """
 
     number: int
     n_max: int
+    known: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,8 @@ class UpdateHeader:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One finished round. Seconds are wall time. Bytes are those of all messages about the run, each with gRPC's prefix of
-    5 bytes; what HTTP/2 and TLS add is not counted, nor what errors say. traffic: the same by client, up and down.
+    """One finished round. Seconds are wall time. Bytes are those of all messages about the run, with what gRPC and HTTP/2 add
+    (`seqfed.common.wire`); what TLS adds is not counted, nor what errors say. traffic: the same by client, up and down.
 
     training: the summed tally of the local trainings, as in `seqfed.common.metrics`. evaluation: the new model's metrics over
     all `evaluated_examples`; not their sums, which with histograms are a hundred times the size and of no further use: no

@@ -1,4 +1,6 @@
-"""Between the messages of `masking` and the protobuf messages of seqfed.v1; whatever a peer sends is checked for its form here.
+"""Between the messages of `masking` and `homomorphic` and the protobuf messages of seqfed.v1.
+
+Whatever a peer sends is checked for its form here.
 
 What a message means, and whether it may come now, is for the two halves of the protocol. Raises MaskingRefused throughout.
 """
@@ -11,6 +13,8 @@ from typing import Final
 
 from seqfed.common import wire
 from seqfed.common.errors import MaskingRefused
+from seqfed.common.homomorphic import messages as encrypted
+from seqfed.common.masking import messages as masked
 from seqfed.common.masking.messages import (
     COMMITMENTS,
     OPENED,
@@ -23,8 +27,6 @@ from seqfed.common.masking.messages import (
     KeyShares,
     MaskedInput,
     Opening,
-    Reply,
-    Request,
     Roster,
     Survivors,
     bitmap,
@@ -39,6 +41,9 @@ SIGNATURE_BYTES: Final = 64  # Ed25519
 MOST_BINDING: Final = 72  # bytes of DER: two numbers of 33
 MOST_CERTIFICATE: Final = 16 << 10
 MOST_SCALARS: Final = 8 << 17
+
+Request = masked.Request | encrypted.Request
+Reply = masked.Reply | encrypted.Reply
 
 
 def request_to_wire(key: TaskKey, number: int, step: Request) -> federation_pb2.MaskRequest:
@@ -58,6 +63,15 @@ def request_to_wire(key: TaskKey, number: int, step: Request) -> federation_pb2.
         case Opening():
             message.opening.SetInParent()
             message.opening.shares.update(step.shares)
+        case encrypted.Ready():
+            message.ready.key, message.ready.agreed = step.key, step.agreed
+        case encrypted.Encrypted():
+            message.encrypted.digest = step.digest
+        case encrypted.Fetch():
+            message.fetch.SetInParent()
+            message.fetch.start = step.start
+        case encrypted.Opened():
+            message.opened.scalars, message.opened.digest = step.scalars, step.digest
     return message
 
 
@@ -79,18 +93,29 @@ def _step(message: federation_pb2.MaskRequest) -> Request:
                 _sized(one.signature, "a signature", SIGNATURE_BYTES),
             )
         case "masked":
-            masked = message.masked
-            if len(masked.scalars) % 8:
-                raise MaskingRefused(f"masked scalars of {len(masked.scalars):,} bytes came; each has 8")
             return MaskedInput(
-                _sized(masked.scalars, "masked scalars", 0, MOST_SCALARS),
-                _sized(masked.digest, "the digest of a vector", DIGEST_BYTES) if masked.digest else b"",
-                _sized(masked.signature, "a signature", SIGNATURE_BYTES),
+                _scalars(message.masked.scalars, "masked scalars"),
+                _sized(message.masked.digest, "the digest of a vector", DIGEST_BYTES) if message.masked.digest else b"",
+                _sized(message.masked.signature, "a signature", SIGNATURE_BYTES),
             )
         case "confirm":
             return Confirm(_sized(message.confirm.signature, "a signature", SIGNATURE_BYTES))
         case "opening":
             return Opening(_by_name(message.opening.shares, "an opened share", OPENED))
+        case "ready":
+            return encrypted.Ready(
+                _sized(message.ready.key, "the digest of a key", DIGEST_BYTES),
+                _sized(message.ready.agreed, "the digest of the terms", DIGEST_BYTES),
+            )
+        case "encrypted":
+            return encrypted.Encrypted(_sized(message.encrypted.digest, "the digest of ciphertexts", DIGEST_BYTES))
+        case "fetch":
+            return encrypted.Fetch(message.fetch.start)
+        case "opened":
+            return encrypted.Opened(
+                _scalars(message.opened.scalars, "sums of scalars"),
+                _sized(message.opened.digest, "the digest of a vector", DIGEST_BYTES) if message.opened.digest else b"",
+            )
         case _:
             raise MaskingRefused("a message of a masked sum says nothing; run the same version of seqfed on both sides")
 
@@ -111,6 +136,12 @@ def reply_to_wire(reply: Reply, names: Sequence[str]) -> federation_pb2.MaskRepl
             message.confirmed.signatures.update(reply.signatures)
         case Done():
             message.done.SetInParent()
+        case encrypted.Circle():
+            message.circle.names.extend(reply.names)
+        case encrypted.ToOpen():
+            message.to_open.members = bitmap(reply.members, names)
+        case encrypted.Piece():
+            message.piece.data = reply.data
     return message
 
 
@@ -119,11 +150,7 @@ def reply_from_wire(message: federation_pb2.MaskReply, names: Sequence[str]) -> 
     match message.WhichOneof("step"):
         case "roster":
             adverts = tuple(_advert_from_wire(one) for one in message.roster.adverts)
-            for one, other in pairwise(adverts):
-                if one.client >= other.client:
-                    raise MaskingRefused(
-                        f"the roster has '{other.client}' after '{one.client}'; its names must rise, each once"
-                    )
+            _rising([one.client for one in adverts])
             return Roster(adverts)
         case "delivery":
             sealed = _by_name(message.delivery.sealed, "a sealed share", SEALED)
@@ -137,6 +164,20 @@ def reply_from_wire(message: federation_pb2.MaskReply, names: Sequence[str]) -> 
             return Confirmed(signatures)
         case "done":
             return Done()
+        case "circle":
+            circle = tuple(_name(one) for one in message.circle.names)
+            _rising(circle)
+            return encrypted.Circle(circle)
+        case "to_open":
+            return encrypted.ToOpen(members_of(message.to_open.members, names))
+        case "piece":
+            data = _sized(
+                message.piece.data,
+                "a piece of an encrypted sum",
+                encrypted.CIPHERTEXT,
+                encrypted.MOST_PIECE * encrypted.CIPHERTEXT,
+            )
+            return encrypted.Piece(data)
         case _:
             raise MaskingRefused("the server's answer in a masked sum says nothing; run the same version on both sides")
 
@@ -181,6 +222,18 @@ def _sized(data: bytes, what: str, least: int, most: int | None = None) -> bytes
         due = f"{least}" if least == most else f"{least} to {most:,}"
         raise MaskingRefused(f"{what} of {len(data):,} bytes came; it has {due}")
     return data
+
+
+def _scalars(data: bytes, what: str) -> bytes:
+    if len(data) % 8:
+        raise MaskingRefused(f"{what} of {len(data):,} bytes came; each has 8")
+    return _sized(data, what, 0, MOST_SCALARS)
+
+
+def _rising(names: Sequence[str]) -> None:
+    for one, other in pairwise(names):
+        if one >= other:
+            raise MaskingRefused(f"the roster has '{other}' after '{one}'; its names must rise, each once")
 
 
 def _by_name(found: Mapping[str, bytes], what: str, least: int, most: int | None = None) -> dict[str, bytes]:

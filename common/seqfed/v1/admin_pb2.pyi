@@ -249,7 +249,7 @@ class RoundRecord(_message.Message):
     round: _builtins.int
     attempt: _builtins.int
     bytes_up: _builtins.int
-    """clients to server, this round: all messages about the run, each with gRPC's 5 bytes"""
+    """clients to server, this round: all messages about the run, with gRPC's and HTTP/2's framing"""
     bytes_down: _builtins.int
     seconds: _builtins.float
     """wall time since the round before was closed (the run began), evaluation included"""

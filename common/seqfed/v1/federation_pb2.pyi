@@ -326,19 +326,23 @@ class MaskingTerms(_message.Message):
 
     NUMBER_FIELD_NUMBER: _builtins.int
     N_MAX_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """of this masked sum in its run, from 1, never used again"""
     n_max: _builtins.int
     """clients that can be in it"""
+    known: _builtins.bytes
+    """what the last round's sum tells of how this one is made, where that matters"""
     def __init__(
         self,
         *,
         number: _builtins.int = ...,
         n_max: _builtins.int = ...,
+        known: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["n_max", b"n_max", "number", b"number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "n_max", b"n_max", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -639,16 +643,20 @@ class SubmitUpdateReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DUPLICATE_FIELD_NUMBER: _builtins.int
+    BUSY_S_FIELD_NUMBER: _builtins.int
     duplicate: _builtins.bool
     """the same update had already been counted; it was not counted again"""
+    busy_s: _builtins.float
+    """seconds in which the update waited for the server, and not for the link"""
     def __init__(
         self,
         *,
         duplicate: _builtins.bool = ...,
+        busy_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duplicate", b"duplicate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "duplicate", b"duplicate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1007,6 +1015,158 @@ class MaskDone(_message.Message):
 Global___MaskDone: _TypeAlias = MaskDone  # noqa: Y015
 
 @_typing.final
+class SumReady(_message.Message):
+    """In place of the above where the RunSpec's privacy.homomorphic encrypts (seqfed.common.homomorphic)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    AGREED_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    """SHA-256 of the clients' CKKS key, which the server has not"""
+    agreed: _builtins.bytes
+    """SHA-256 of the sum's terms and of the scheme"""
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        agreed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreed", b"agreed", "key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SumReady: _TypeAlias = SumReady  # noqa: Y015
+
+@_typing.final
+class SumCircle(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """whose ciphertexts are awaited, in ascending order"""
+
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SumCircle: _TypeAlias = SumCircle  # noqa: Y015
+
+@_typing.final
+class SumEncrypted(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.bytes
+    """BLAKE3 of the ciphertexts sent by SubmitUpdate"""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SumEncrypted: _TypeAlias = SumEncrypted  # noqa: Y015
+
+@_typing.final
+class SumToOpen(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    members: _builtins.bytes
+    """bitmap over the circle: whose ciphertexts are in the sum"""
+    def __init__(
+        self,
+        *,
+        members: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SumToOpen: _TypeAlias = SumToOpen  # noqa: Y015
+
+@_typing.final
+class SumFetch(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    """ciphertexts already held"""
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SumFetch: _TypeAlias = SumFetch  # noqa: Y015
+
+@_typing.final
+class SumPiece(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """whole ciphertexts of the sum from there on, 512 KiB at most"""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SumPiece: _TypeAlias = SumPiece  # noqa: Y015
+
+@_typing.final
+class SumOpened(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCALARS_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    scalars: _builtins.bytes
+    """sums of integers mod 2^64, little-endian"""
+    digest: _builtins.bytes
+    """BLAKE3 of the packed sum of the vectors sent by SubmitUpdate; empty where there is none"""
+    def __init__(
+        self,
+        *,
+        scalars: _builtins.bytes = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "scalars", b"scalars"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SumOpened: _TypeAlias = SumOpened  # noqa: Y015
+
+@_typing.final
 class MaskRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1017,6 +1177,10 @@ class MaskRequest(_message.Message):
     MASKED_FIELD_NUMBER: _builtins.int
     CONFIRM_FIELD_NUMBER: _builtins.int
     OPENING_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    ENCRYPTED_FIELD_NUMBER: _builtins.int
+    FETCH_FIELD_NUMBER: _builtins.int
+    OPENED_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """see MaskingTerms"""
     @_builtins.property
@@ -1041,6 +1205,22 @@ class MaskRequest(_message.Message):
     def opening(self) -> Global___MaskOpening:
         """answered by done"""
 
+    @_builtins.property
+    def ready(self) -> Global___SumReady:
+        """answered by circle"""
+
+    @_builtins.property
+    def encrypted(self) -> Global___SumEncrypted:
+        """answered by to_open, or by done"""
+
+    @_builtins.property
+    def fetch(self) -> Global___SumFetch:
+        """answered by piece, at once"""
+
+    @_builtins.property
+    def opened(self) -> Global___SumOpened:
+        """answered by done"""
+
     def __init__(
         self,
         *,
@@ -1051,12 +1231,16 @@ class MaskRequest(_message.Message):
         masked: Global___MaskInput | None = ...,
         confirm: Global___MaskConfirm | None = ...,
         opening: Global___MaskOpening | None = ...,
+        ready: Global___SumReady | None = ...,
+        encrypted: Global___SumEncrypted | None = ...,
+        fetch: Global___SumFetch | None = ...,
+        opened: Global___SumOpened | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["advert", b"advert", "confirm", b"confirm", "key", b"key", "masked", b"masked", "opening", b"opening", "shares", b"shares", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["advert", b"advert", "confirm", b"confirm", "encrypted", b"encrypted", "fetch", b"fetch", "key", b"key", "masked", b"masked", "opened", b"opened", "opening", b"opening", "ready", b"ready", "shares", b"shares", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advert", b"advert", "confirm", b"confirm", "key", b"key", "masked", b"masked", "number", b"number", "opening", b"opening", "shares", b"shares", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advert", b"advert", "confirm", b"confirm", "encrypted", b"encrypted", "fetch", b"fetch", "key", b"key", "masked", b"masked", "number", b"number", "opened", b"opened", "opening", b"opening", "ready", b"ready", "shares", b"shares", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["advert", "shares", "masked", "confirm", "opening"]  # noqa: Y015
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["advert", "shares", "masked", "confirm", "opening", "ready", "encrypted", "fetch", "opened"]  # noqa: Y015
     _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
 
@@ -1071,6 +1255,9 @@ class MaskReply(_message.Message):
     SURVIVORS_FIELD_NUMBER: _builtins.int
     CONFIRMED_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
+    CIRCLE_FIELD_NUMBER: _builtins.int
+    TO_OPEN_FIELD_NUMBER: _builtins.int
+    PIECE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def roster(self) -> Global___MaskRoster: ...
     @_builtins.property
@@ -1081,6 +1268,12 @@ class MaskReply(_message.Message):
     def confirmed(self) -> Global___MaskConfirmed: ...
     @_builtins.property
     def done(self) -> Global___MaskDone: ...
+    @_builtins.property
+    def circle(self) -> Global___SumCircle: ...
+    @_builtins.property
+    def to_open(self) -> Global___SumToOpen: ...
+    @_builtins.property
+    def piece(self) -> Global___SumPiece: ...
     def __init__(
         self,
         *,
@@ -1089,12 +1282,15 @@ class MaskReply(_message.Message):
         survivors: Global___MaskSurvivors | None = ...,
         confirmed: Global___MaskConfirmed | None = ...,
         done: Global___MaskDone | None = ...,
+        circle: Global___SumCircle | None = ...,
+        to_open: Global___SumToOpen | None = ...,
+        piece: Global___SumPiece | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["confirmed", b"confirmed", "delivery", b"delivery", "done", b"done", "roster", b"roster", "step", b"step", "survivors", b"survivors"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["circle", b"circle", "confirmed", b"confirmed", "delivery", b"delivery", "done", b"done", "piece", b"piece", "roster", b"roster", "step", b"step", "survivors", b"survivors", "to_open", b"to_open"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirmed", b"confirmed", "delivery", b"delivery", "done", b"done", "roster", b"roster", "step", b"step", "survivors", b"survivors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["circle", b"circle", "confirmed", b"confirmed", "delivery", b"delivery", "done", b"done", "piece", b"piece", "roster", b"roster", "step", b"step", "survivors", b"survivors", "to_open", b"to_open"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["roster", "delivery", "survivors", "confirmed", "done"]  # noqa: Y015
+    _WhichOneofReturnType_step: _TypeAlias = _typing.Literal["roster", "delivery", "survivors", "confirmed", "done", "circle", "to_open", "piece"]  # noqa: Y015
     _WhichOneofArgType_step: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_step) -> _WhichOneofReturnType_step | None: ...
 

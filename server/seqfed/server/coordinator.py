@@ -36,12 +36,13 @@ from seqfed.common.errors import (
     WrongRound,
 )
 from seqfed.common.identity import Identity, load_credentials
-from seqfed.common.masking.messages import Advert, Reply, Request
+from seqfed.common.masking.messages import Advert
 from seqfed.common.masking.trust import bound
 from seqfed.common.metrics import TRAINED, add
 from seqfed.common.schema import DataSchema, misfit
 from seqfed.common.transfer import CHUNK_BYTES
-from seqfed.server import fedavg, ledger, making, points, steps
+from seqfed.common.wire_masking import Reply, Request
+from seqfed.server import fedavg, learnt, ledger, making, points, steps
 from seqfed.server import round as machine
 from seqfed.server.access import Access
 from seqfed.server.audit import Audit, Kind, Note
@@ -155,7 +156,7 @@ class Coordinator:
                 for client in lost:
                     del live.updates[client]
                 now = asyncio.get_running_loop().time()
-                live.mark = (now, live.bytes_up, live.bytes_down)
+                live.began = now
                 # They may take as long to come back as they are spread.
                 live.work = {client: Work(now, now + self.spread_s) for client, _ in live.state.working}
                 self._scan_later(live)
@@ -188,6 +189,16 @@ class Coordinator:
         for live in self.lives.values():
             live.tell()
             _cancel(live.deadline, live.scan)
+
+    async def settle(self) -> None:
+        """Make durable what has moved since each run's last step; when all is said."""
+        moved = {live.run: live.counted for live in self.lives.values() if live.state.phase not in ENDED}
+        if not moved or self.lost.done():
+            return
+        try:
+            await asyncio.to_thread(self.store.count, moved)
+        except SeqfedError as error:
+            log.warning("the bytes that have moved since the last step could not be counted: %s", error)
 
     def _post(self, live: Live, event: machine.Event) -> None:
         self._put(_Item(live.run, event))
@@ -331,19 +342,17 @@ class Coordinator:
         by: str = "",
     ) -> None:
         """Make the new state durable with what the events brought, then true; if that fails, nothing has changed."""
-        before, now = live.state, (asyncio.get_running_loop().time(), live.bytes_up, live.bytes_down)
-        traffic = dict(live.traffic) if model is not None or state.round != before.round or _closes(effects) else {}
-        record = self._record(live, now, traffic, effects, model)
-        columns: dict[str, float | int] = {}
+        before, now, moved = live.state, asyncio.get_running_loop().time(), live.counted
+        closed = _closed(effects)
+        record = self._record(live, now, moved.traffic, closed, model)
+        columns: dict[str, float] = {}
         if live.started is None and state.phase in ACTIVE:
             columns["started"] = time.time()
         if state.phase in ENDED:
             columns["ended"] = time.time()
-        if record is not None or state.phase in ENDED:
-            columns |= {"bytes_up": live.bytes_up, "bytes_down": live.bytes_down}
         if replace(state, present=before.present) != before:
             notes = _notes(live, state, effects, model, record, by)
-            entries = await self._booked(live, state, made=model is not None)
+            entries = await self._booked(live, state, updates, made=model is not None)
 
             def commit() -> None:
                 more = [*notes, *ledger.notes(entries)]
@@ -355,6 +364,7 @@ class Coordinator:
                     record=record,
                     notes=more,
                     ledger=entries,
+                    moved=moved if closed is None else replace(moved, traffic={}),
                     **columns,
                 )
 
@@ -374,34 +384,45 @@ class Coordinator:
         for client, _ in {*before.working} - {*state.working}:
             live.work.pop(client, None)
         if record is not None:
-            closed = any(isinstance(one, machine.CloseRound) for one in effects)
-            live.record = None if closed else record
-            if closed:
-                points.reached("round-closed")
+            live.record = None if closed is not None else record
+        if closed is not None:
+            live.recorded(moved.traffic)  # what has moved meanwhile is the next round's, so that they add up to the run
+            points.reached("round-closed")
+        if state.phase in ENDED:
+            live.bytes_up, live.bytes_down = moved.up, moved.down  # as they are stored: no round has any more
         if state.round != before.round:
-            live.marked = traffic
-            live.mark = now  # where the last round's record ended, so that the rounds add up to the run
+            live.began = now
         live.tell()
 
-    async def _booked(self, live: Live, state: Run, *, made: bool) -> tuple[views.LedgerEntry, ...]:
-        """What this step adds to the ledger: a round's model is a release, and so is a sum that was opened and made none."""
-        dp, before = live.spec.privacy.dp, live.state
-        seen = dp is not None and dp.mode == "distributed" and state.opened > before.opened
-        if dp is None or not (made or seen):
+    async def _booked(
+        self, live: Live, state: Run, updates: Sequence[UpdateRow], *, made: bool
+    ) -> tuple[views.LedgerEntry, ...]:
+        """What this step adds to the ledger: a round's model is a release, a sum that was opened and made none, and where clients
+        put the noise on, an update.
+        """
+        spec, before = live.spec, live.state
+        if spec.privacy.dp is None:
             return ()
-        clients = before.cohort if dp.mode == "local" else before.folded
-        return await asyncio.to_thread(ledger.after, live.spec, live.ledger, before.round, clients)
+        if spec.privacy.dp.mode not in ledger.BY_UPDATE or spec.privacy.secure_aggregation:
+            clients = before.folded if made or state.opened > before.opened else None
+        elif made:
+            asked = {*before.cohort} - {name for name, _ in before.declined}
+            return await asyncio.to_thread(ledger.sent, spec, live.ledger, before.round, asked)
+        else:
+            clients = tuple(one.client for one in updates) or None
+        if clients is None:
+            return ()
+        return await asyncio.to_thread(ledger.after, spec, live.ledger, before.round, clients)
 
     def _record(
         self,
         live: Live,
-        now: tuple[float, int, int],
+        now: float,
         traffic: Mapping[str, tuple[int, int]],
-        effects: Iterable[machine.Effect],
+        closed: machine.CloseRound | None,
         model: ModelFile | None,
     ) -> views.RoundRecord | None:
         """The round's record, to be written with this step: made with its model, completed at its close."""
-        clock, up, down = live.mark
         record = live.record
         if model is not None:
             before = live.state
@@ -416,7 +437,6 @@ class Coordinator:
                 training=tallies,
                 slowest_training_seconds=slowest,
             )
-        closed = next((one for one in effects if isinstance(one, machine.CloseRound)), None)
         if record is None or (model is None and closed is None):
             return None
         return replace(
@@ -425,17 +445,17 @@ class Coordinator:
             spread=closed.spread if closed is not None else {},
             evaluated_examples=closed.examples if closed is not None else 0,
             evaluated_clients=closed.clients if closed is not None else 0,
-            bytes_up=now[1] - up,
-            bytes_down=now[2] - down,
-            traffic=live.traffic_since(traffic),
-            seconds=now[0] - clock,
+            bytes_up=sum(up for up, _ in traffic.values()),
+            bytes_down=sum(down for _, down in traffic.values()),
+            traffic=dict(sorted(traffic.items())),
+            seconds=now - live.began,
         )
 
     async def _perform(self, live: Live, effects: Iterable[machine.Effect]) -> None:
         """Do them: what others wait for first, then the arithmetic, then what needs its result."""
         asks = live.state.phase is Phase.TRAINING and any(isinstance(one, machine.Ask) for one in effects)
         if asks and live.spec.privacy.dp is not None:
-            why = await asyncio.to_thread(ledger.allows, live.spec, live.ledger, live.state.round)
+            why = await self._unaffordable(live)
             if why is not None:
                 await self._follow(live, machine.BudgetSpent(why))
                 return
@@ -452,6 +472,18 @@ class Coordinator:
             points.reached("folded")
         if any(isinstance(one, machine.CommitModel) for one in effects):
             await self._commit_model(live)
+
+    async def _unaffordable(self, live: Live) -> str | None:
+        """Why the round that is about to begin would spend too much, if it would."""
+        limit, state = self.settings.max_epsilon, live.state
+        why = await asyncio.to_thread(ledger.allows, live.spec, live.ledger, state.round)
+        if why is not None or limit is None:
+            return why
+        own, *others = (
+            ledger.Booked(one.spec.name, one.spec, one.ledger)
+            for one in (live, *(other for other in self.lives.values() if other is not live))
+        )
+        return await asyncio.to_thread(ledger.affords, limit, own, others, state.round, state.cohort)
 
     def _effect(self, live: Live, effect: machine.Effect) -> None:
         """Do one that takes no time."""
@@ -558,6 +590,8 @@ class Coordinator:
             "spec_digest": live.effective.digest,
         }
         path = self.store.model_path(live.run, live.state.round)
+        if live.masked is not None:
+            learnt.keep(path, live.masked.known)
         codec = download(live.spec, live.layout.size)
         if codec is None:
             return checkpoint.write(path, live.layout, making.parts(live), metadata), None
@@ -646,7 +680,8 @@ class Coordinator:
             version = replace(version, steps=tuple(one.view() for one in live.steps))
         masking = None
         if live.spec.privacy.secure_aggregation and kind is not views.TaskKind.CANCEL:
-            masking = views.MaskingTerms(live.state.number, len(live.state.cohort))
+            known = learnt.read(live.model.path) if kind is views.TaskKind.TRAIN else b""
+            masking = views.MaskingTerms(live.state.number, len(live.state.cohort), known)
         return views.Task(
             kind, key, live.spec, version, live.signed.signature, live.signed.certificate, masking, live.statistics
         )
@@ -654,7 +689,7 @@ class Coordinator:
     def _with_model(self, live: Live, client: str, task: views.Task) -> views.Task:
         """The task with its model, or the steps to it, where they are one chunk and new to the client: it spares a call."""
         connection = self.hub.get(client)
-        if connection is None or connection.holds == task.model.digest:
+        if connection is None or task.kind is views.TaskKind.MEASURE or connection.holds == task.model.digest:
             return task
         place = next((at for at, one in enumerate(live.steps) if one.base == connection.holds), len(live.steps))
         missed = live.steps[place:]
@@ -973,8 +1008,8 @@ def _notes(
     return notes
 
 
-def _closes(effects: Iterable[machine.Effect]) -> bool:
-    return any(isinstance(one, machine.CloseRound) for one in effects)
+def _closed(effects: Iterable[machine.Effect]) -> machine.CloseRound | None:
+    return next((one for one in effects if isinstance(one, machine.CloseRound)), None)
 
 
 def _asked(state: Run) -> tuple[int, int, tuple[str, ...]]:

@@ -161,6 +161,7 @@ async def _shut_down(
     coordinator.close()
     await asyncio.gather(*(one.stop(grace) for one in servers))
     await work
+    await coordinator.settle()
 
 
 def _services(

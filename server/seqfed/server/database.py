@@ -19,7 +19,7 @@ from sqlalchemy import exc as sqlalchemy_exc
 from seqfed.common.errors import ConfigError, SeqfedError, StorageError, StorageFull
 from seqfed.server.urls import hidden
 
-SCHEMA: Final = "0005"  # of the newest file in migrations/versions; a test holds them together
+SCHEMA: Final = "0006"  # of the newest file in migrations/versions; a test holds them together
 BUSY_S: Final = 10  # that a statement waits for another's lock
 POSTGRES: Final = {
     "connect_timeout": 5,

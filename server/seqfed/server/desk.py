@@ -10,11 +10,13 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from seqfed.common import checkpoint, quantising, statistics, views, wire
+from seqfed.common import checkpoint, statistics, views, wire
 from seqfed.common.checkpoint import ModelFile
 from seqfed.common.errors import IllegalTransition, InvalidName, RunEnded, TooLarge, UnknownRun
+from seqfed.common.homomorphic import scheme
 from seqfed.common.layout import Layout
 from seqfed.common.loop import whole
+from seqfed.common.masking.agreed import grid_of
 from seqfed.common.metrics import require_metric
 from seqfed.common.model import initial_parameters, layout_of
 from seqfed.common.spec import RunSpec
@@ -51,8 +53,10 @@ class Desk:
         if spec.data.normalise == "federated":
             statistics.names(spec)  # refuses more columns than it can sum up
         if spec.privacy.secure_aggregation:
-            quantising.levels(spec.privacy.b, spec.cohort.required)
+            grid_of(spec, spec.cohort.required)
         layout = layout_of(spec)
+        if spec.privacy.homomorphic:
+            scheme.check(spec, layout.size)
         if layout.nbytes > self._coordinator.settings.max_model_bytes:
             raise TooLarge(
                 f"the run's model has {layout.nbytes:,} bytes, the server's limit (max_model_bytes) is "
@@ -69,12 +73,12 @@ class Desk:
                 self._coordinator.signer(spec.canonical, signed.signature, signed.certificate)
 
         def prepare() -> tuple[ModelFile, tuple[views.LedgerEntry, ...]]:
+            entries = ledger.opened(run, spec, self._coordinator.settings.max_epsilon)
             parameters = initial_parameters(spec) if initial is None else checkpoint.load(initial, layout)
             metadata = {"run": run, "round": "0", "spec": spec.canonical.decode(), "spec_digest": spec.digest}
             model = checkpoint.save(self._coordinator.store.model_path(run, 0), parameters, metadata)
             body = {"run": run, "name": spec.name, "spec": spec.digest, "operator": signed.operator}
-            entries, notes = ledger.opened(run, spec), [Note(Kind.SUBMITTED, body)]
-            notes += ledger.notes(entries)
+            notes = [Note(Kind.SUBMITTED, body), *ledger.notes(entries)]
             self._coordinator.store.create(run, spec, model, signed, notes, require, entries, state)
             return model, entries
 

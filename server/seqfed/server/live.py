@@ -18,7 +18,7 @@ from seqfed.server import fedavg, steps
 from seqfed.server.masked import MaskedSum
 from seqfed.server.round import Run
 from seqfed.server.steps import Step
-from seqfed.server.store import UNSIGNED, Signed, StoredRun, UpdateRow
+from seqfed.server.store import UNSIGNED, Moved, Signed, StoredRun, UpdateRow
 
 log = logging.getLogger("seqfed.server")
 
@@ -58,9 +58,8 @@ class Live:
     next_step: Step | None = None  # with the model that is being committed
     small: tuple[bytes, bytes] | None = None  # digest and vector of the current model, if it is one chunk
     record: views.RoundRecord | None = None  # the round that is committed and not yet closed
-    mark: tuple[float, int, int] = (0.0, 0, 0)  # clock, bytes up, bytes down when the round began
-    traffic: dict[str, tuple[int, int]] = field(default_factory=dict)  # bytes up and down by client, since the start
-    marked: dict[str, tuple[int, int]] = field(default_factory=dict)  # the same when the round began
+    began: float = 0.0  # clock reading when the round began, or the daemon if that was later
+    traffic: dict[str, tuple[int, int]] = field(default_factory=dict)  # bytes up and down by client, of no record yet
     deadline: asyncio.TimerHandle | None = None
     work: dict[str, Work] = field(default_factory=dict)  # of those who are at work, by client
     scan: asyncio.TimerHandle | None = None  # the next look for silent ones
@@ -100,14 +99,19 @@ class Live:
         self.bytes_up += up
         self.bytes_down += down
 
-    def traffic_since(self, now: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-        """What has moved since the round began, by client; now: a copy of `traffic`."""
-        none = (0, 0)
-        found = {
-            name: (up - self.marked.get(name, none)[0], down - self.marked.get(name, none)[1])
-            for name, (up, down) in now.items()
-        }
-        return {name: both for name, both in sorted(found.items()) if any(both)}
+    @property
+    def counted(self) -> Moved:
+        """What has moved up to here."""
+        return Moved(self.bytes_up, self.bytes_down, dict(self.traffic))
+
+    def recorded(self, traffic: Mapping[str, tuple[int, int]]) -> None:
+        """So much of `traffic` is in the record of a round that is over."""
+        for client, (up, down) in traffic.items():
+            more = self.traffic[client][0] - up, self.traffic[client][1] - down
+            if any(more):
+                self.traffic[client] = more
+            else:
+                del self.traffic[client]
 
     def tell(self) -> None:
         """Wake everybody who watches this run."""
@@ -147,9 +151,10 @@ def revive(stored: StoredRun) -> Live:
         stored.version,
         stored.started,
         stored.ended,
-        stored.bytes_up,
-        stored.bytes_down,
+        stored.moved.up,
+        stored.moved.down,
         {one.client: one for one in stored.updates},
+        traffic=dict(stored.moved.traffic),
         record=stored.record,
         signed=stored.signed,
         steps=steps.kept(stored.steps, stored.model.layout),

@@ -67,8 +67,9 @@ def parts(live: Live) -> Iterator[Flat]:
 
 
 def denominator(live: Live) -> int:
-    """What a private run's sum is divided by: fixed before anybody answers."""
-    return (live.spec.cohort.count if accounting.rate(live.spec) < 1 else None) or live.state.target
+    """What a private run's sum is divided by: fixed before anybody answers, and never less than was planned with."""
+    planned = accounting.clients_of(live.spec)
+    return planned if accounting.rate(live.spec) < 1 else max(planned, live.state.target)
 
 
 def noise_of(run: Run, *, tree: bool) -> tuple[bytes, int | None]:

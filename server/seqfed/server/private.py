@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from seqfed.common.dp import noise, skellam, tree
 from seqfed.common.dp.skellam import Mechanism
+from seqfed.common.errors import MaskingFailed
 from seqfed.common.fixedpoint import SCALE
 from seqfed.common.layout import Flat
 from seqfed.server.fedavg import WeightedSum
@@ -70,10 +71,17 @@ def decode(
     """The sum of a round's updates with noise, divided by `target`, of the opened sum of `skellam.encode(..., noisy=False)`.
 
     `total` gets the noise in place. mechanism: `masking.agreed.mechanism_of`. The rest as in noise_sum and `skellam.decode`.
-    Raises MaskingFailed; a round that ends so is spent like another, since it was seen.
+    Raises MaskingFailed, which says no number of the sum: a tree's noise is the same at the next try. A sum that ends so is spent
+    like another, since that it did is seen.
     """
     _add(total, multiplier * mechanism.bound2, key, tree_round, workers)
-    return skellam.decode(total, mechanism, seed, clients=clients, target=target)
+    try:
+        return skellam.decode(total, mechanism, seed, clients=clients, target=target)
+    except MaskingFailed:
+        raise MaskingFailed(
+            f"the sum of {clients:,} updates is longer than those of clients that keep to the settings and its noise can be: a "
+            "client sent something else"
+        ) from None
 
 
 def vector_multiplier(multiplier: float, target: int) -> float:

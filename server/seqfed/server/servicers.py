@@ -92,8 +92,8 @@ class Federation(federation_pb2_grpc.FederationServicer):
 
     def _moved(self, run: str, client: str, request: Message | None, reply: M) -> M:
         """The reply, once it is counted, and the request, unless that was before it could have ended a round."""
-        up = 0 if request is None else wire.framed(request)
-        self._coordinator.moved(run, client, up, wire.framed(reply))
+        up = 0 if request is None else wire.request_bytes(request)
+        self._coordinator.moved(run, client, up, wire.reply_bytes(reply))
         return reply
 
     async def Join(self, request: federation_pb2.JoinRequest, context: Context) -> federation_pb2.JoinReply:
@@ -134,7 +134,7 @@ class Federation(federation_pb2_grpc.FederationServicer):
                 async for task in tasks:
                     message = wire.task_to_wire(task, known)
                     known = task.spec
-                    self._coordinator.moved(task.key.run, connection.client, down=wire.framed(message))
+                    self._coordinator.moved(task.key.run, connection.client, wire.PING_BYTES, wire.task_bytes(message))
                     yield message
 
     async def FetchModel(
@@ -155,12 +155,12 @@ class Federation(federation_pb2_grpc.FederationServicer):
             else:
                 model, meter = self._coordinator.model_file(connection.client, request.run, request.version)
                 pieces = model.pieces(offset, size)
-            self._coordinator.moved(request.run, connection.client, up=wire.framed(request))
+            moved = self._coordinator.moved
+            moved(request.run, connection.client, wire.request_bytes(request), wire.CALL_DOWN)
             for data in pieces:
                 chunk = federation_pb2.Chunk(offset=offset, data=data)
                 meter(len(data))
-                framed = wire.chunk_bytes(offset, len(data)) + wire.PREFIX_BYTES
-                self._coordinator.moved(request.run, connection.client, down=framed)
+                moved(request.run, connection.client, down=wire.on_wire(wire.chunk_bytes(offset, len(data))))
                 yield chunk
                 offset += len(data)
             connection.holds = self._coordinator.digest_of(request.run, request.version)
@@ -182,21 +182,30 @@ class Federation(federation_pb2_grpc.FederationServicer):
             client = self._connection(context).client
             header, chunks = await _header_and_chunks(request_iterator)
             run, moved = header.key.run, self._coordinator.moved
-            moved(run, client, up=wire.part_bytes(header.ByteSize()))
+            # The end of what a client streams is a frame without data.
+            moved(run, client, up=wire.CALL_UP + wire.part_bytes(header.ByteSize()) + wire.FRAME_BYTES)
+            clock = asyncio.get_running_loop().time
+            busy_s = -clock()
 
             async def counted() -> AsyncIterator[tuple[int, bytes]]:
+                nonlocal busy_s
+                busy_s += clock()
                 async for offset, data in chunks:
+                    busy_s -= clock()
                     moved(run, client, up=wire.part_bytes(wire.chunk_bytes(offset, len(data))))
                     yield offset, data
+                    busy_s += clock()
+                busy_s -= clock()
 
             duplicate = await self._coordinator.submit_update(client, wire.header_from_wire(header), counted())
-            return self._moved(run, client, None, federation_pb2.SubmitUpdateReply(duplicate=duplicate))
+            reply = federation_pb2.SubmitUpdateReply(duplicate=duplicate, busy_s=max(0.0, busy_s + clock()))
+            return self._moved(run, client, None, reply)
 
     async def Mask(self, request: federation_pb2.MaskRequest, context: Context) -> federation_pb2.MaskReply:
         async with refusing(context, quietly=LATE):
             key, number, step = wire_masking.request_from_wire(request)
             client = self._connection(context).client
-            self._coordinator.moved(key.run, client, up=wire.framed(request))
+            self._coordinator.moved(key.run, client, up=wire.request_bytes(request))
             reply, roster = await self._coordinator.mask(client, key, number, step)
             return self._moved(key.run, client, None, wire_masking.reply_to_wire(reply, roster))
 
@@ -205,7 +214,7 @@ class Federation(federation_pb2_grpc.FederationServicer):
     ) -> federation_pb2.SubmitEvaluationReply:
         async with refusing(context):
             client, key = self._connection(context).client, wire.key_from_wire(request.key)
-            self._coordinator.moved(key.run, client, up=wire.framed(request))
+            self._coordinator.moved(key.run, client, up=wire.request_bytes(request))
             duplicate = await self._coordinator.submit_evaluation(client, key, request.version, dict(request.tally))
             return self._moved(key.run, client, None, federation_pb2.SubmitEvaluationReply(duplicate=duplicate))
 
@@ -224,7 +233,7 @@ class Federation(federation_pb2_grpc.FederationServicer):
             why = f"{wire.clean(request.reason, 64)}: {wire.clean(request.message, MAX_FAILURE)}"
             key = wire.key_from_wire(request.key)
             client = self._connection(context).client
-            self._coordinator.moved(key.run, client, up=wire.framed(request))
+            self._coordinator.moved(key.run, client, up=wire.request_bytes(request))
             await self._coordinator.report_failure(client, key, why)
             return self._moved(key.run, client, None, federation_pb2.ReportFailureReply())
 

@@ -106,6 +106,12 @@ class ServerSettings(Settings):
         default=1.0, ge=0, le=3600, description="seconds between two views of a run to its watchers on mere progress"
     )
     max_model_bytes: int = Field(default=64 << 30, ge=4, description="of a run's model")
+    max_epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        description="differential privacy's epsilon of any data holder over all runs: no round begins that would pass it, and "
+        "runs without are refused; left out: each run's own",
+    )
 
     @property
     def counter(self) -> int:

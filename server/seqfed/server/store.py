@@ -16,8 +16,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,7 +56,8 @@ def _table(name: str, key: tuple[str, ...], *columns: str) -> sa.Table:
 RUNS = _table(
     "runs",
     ("run",),
-    *("number", "spec", "state", "started", "ended", "bytes_up", "bytes_down", "signature", "certificate", "operator"),
+    *("number", "spec", "state", "started", "ended", "bytes_up", "bytes_down", "traffic"),
+    *("signature", "certificate", "operator"),
 )
 MODELS = _table("models", ("run", "version"), "data_start", "digest", "file")
 ROUNDS = _table("rounds", ("run", "round"), "record")
@@ -72,6 +73,11 @@ REVOKED = _table("revoked", ("client",), "at", "reason")
 
 # Built once: in a round of small updates, building statements would cost more than running them.
 SET_STATE = RUNS.update().where(RUNS.c.run == sa.bindparam("of")).values(state=sa.bindparam("state"))
+SET_MOVED = (
+    RUNS.update()
+    .where(RUNS.c.run == sa.bindparam("of"))
+    .values(bytes_up=sa.bindparam("up"), bytes_down=sa.bindparam("down"), traffic=sa.bindparam("by"))
+)
 DROP_UPDATE = UPDATES.delete().where(UPDATES.c.run == sa.bindparam("of"), UPDATES.c.client == sa.bindparam("by"))
 DROP_CLIENT = CLIENTS.delete().where(CLIENTS.c.client == sa.bindparam("of"))
 DROP_ENTRY = LEDGER.delete().where(LEDGER.c.run == sa.bindparam("of"), LEDGER.c.holder == sa.bindparam("by"))
@@ -105,6 +111,15 @@ NEW: Final = Run()
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Bytes of a run's messages, as in `views.RoundRecord`: of all of it, and by client, up and down, of its open round."""
+
+    up: int = 0
+    down: int = 0
+    traffic: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StoredRun:
     """A run as the database has it."""
 
@@ -113,8 +128,7 @@ class StoredRun:
     state: Run
     started: float | None
     ended: float | None
-    bytes_up: int
-    bytes_down: int
+    moved: Moved
     model: ModelFile
     version: int
     updates: tuple[UpdateRow, ...]
@@ -195,19 +209,22 @@ class Store:
         record: RoundRecord | None = None,
         notes: Sequence[Note] = (),
         ledger: Sequence[LedgerEntry] = (),
-        **columns: float | int,
+        moved: Moved | None = None,
+        **columns: float,
     ) -> None:
         """In one transaction: the state, and with it what the event brought.
 
         `updates`: complete and in their files. `model`: the one that the record's round made, in its file; the
         updates that counted up to that round are then done with. `record`: the round's, new or completed. `notes`: what the
-        audit log is to say of it. `ledger`: entries, in place of their holders'
-        older ones. `columns`: started, ended, bytes_up, bytes_down of the run.
+        audit log is to say of it. `ledger`: entries, in place of their holders' older ones. `moved`: what is counted up to
+        here. `columns`: started, ended of the run.
         """
         if model is not None and self._copies is not None:
             self._copies.put(run, model.path)
         with self._writing(notes) as connection:
             connection.execute(SET_STATE, {"of": run, "state": dump_state(state)})
+            if moved is not None:
+                connection.execute(SET_MOVED, _bytes(run, moved))
             if columns:
                 connection.execute(RUNS.update().where(RUNS.c.run == run).values(columns))
             if updates:
@@ -221,6 +238,11 @@ class Store:
             _enter(connection, ledger)
             if record is not None:
                 _replace(connection, ROUNDS, {"run": run, "round": record.round, "record": json.dumps(vars(record))})
+
+    def count(self, moved: Mapping[str, Moved]) -> None:
+        """What is counted up to here of these runs, by their ids, without any other change."""
+        with self._writing() as connection:
+            connection.execute(SET_MOVED, [_bytes(run, one) for run, one in moved.items()])
 
     def runs(self) -> list[StoredRun]:
         """Every run, oldest first."""
@@ -249,8 +271,7 @@ class Store:
             state=state,
             started=row.started,
             ended=row.ended,
-            bytes_up=row.bytes_up,
-            bytes_down=row.bytes_down,
+            moved=Moved(row.bytes_up, row.bytes_down, _traffic(row.traffic)),
             model=model,
             version=newest.version,
             updates=tuple(
@@ -559,6 +580,16 @@ def _add_model(connection: sa.Connection, run: str, version: int, model: ModelFi
         return
     row = {"data_start": model.data_start, "digest": model.digest, "file": model.path.name}
     connection.execute(MODELS.insert().values(run=run, version=version, **row))
+
+
+def _bytes(run: str, moved: Moved) -> dict[str, Any]:
+    """The parameters of SET_MOVED."""
+    return {"of": run, "up": moved.up, "down": moved.down, "by": json.dumps(moved.traffic)}
+
+
+def _traffic(text: str) -> dict[str, tuple[int, int]]:
+    with _readable("what has moved in a round"):
+        return {str(client): (int(up), int(down)) for client, (up, down) in json.loads(text).items()}
 
 
 def _record(text: str) -> RoundRecord:

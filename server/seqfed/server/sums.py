@@ -9,15 +9,18 @@ from typing import Final, Protocol
 
 from seqfed.common import views
 from seqfed.common.errors import DuplicateUpdate, SeqfedError, WrongRound
+from seqfed.common.homomorphic.messages import Ready
 from seqfed.common.masking.agreed import terms_of
-from seqfed.common.masking.messages import Advert, Done, Reply, Request
+from seqfed.common.masking.messages import Advert, Done
 from seqfed.common.masking.terms import Purpose
+from seqfed.common.wire_masking import Reply, Request
 from seqfed.server import making
 from seqfed.server import round as machine
+from seqfed.server.encrypted import Ciphertexts
 from seqfed.server.hub import Hub
 from seqfed.server.intake import Intake
 from seqfed.server.live import Live, Work
-from seqfed.server.masked import MaskedSum, Vector
+from seqfed.server.masked import MaskedSum, Masks, Vector
 from seqfed.server.round import WORKING, Phase
 from seqfed.server.store import Store
 
@@ -76,6 +79,7 @@ class Sums:
             task.model.digest,
             task.statistics,
             live.layout.size,
+            task.masking.known,
         )
 
         def tell(event: machine.Unmasked | machine.MaskingEnded) -> None:
@@ -92,7 +96,7 @@ class Sums:
         live.masked = MaskedSum(
             live.spec,
             terms,
-            self._trust,
+            Ciphertexts(terms) if live.spec.privacy.homomorphic else Masks(terms, self._trust),
             here,
             tell,
             size=live.layout.size,
@@ -119,7 +123,7 @@ class Sums:
         if number != found.terms.number or client not in live.state.cohort:
             raise WrongRound(f"client '{client}' is not asked for masked sum {number} of run {key.run}")
         self._hear(live, client, views.Progress(views.Stage.SENDING))
-        if isinstance(message, Advert):
+        if isinstance(message, Advert | Ready):
             found.advert(client, message)
             await self._ready(live, client)
         reply = await found.say(client, message)
@@ -151,7 +155,8 @@ class Sums:
         def meter(_: int) -> None:
             self._hear(live, client, views.Progress(views.Stage.SENDING))
 
-        path, size = self._store.update_path(live.run, header.key.round, client, header.digest), found.vector_bytes
+        path = self._store.update_path(live.run, header.key.round, client, header.digest)
+        size = found.vector_bytes(client)
         await self._intake.receive(client, header, live.layout, 0, 1, path, chunks, meter, vector_bytes=size)
         try:
             if not found.expects(client, header.masked_number, header.digest):

@@ -95,3 +95,36 @@ def test_the_last_middle_is_a_better_one() -> None:
         errors.append(float(np.linalg.norm(rebuilt(basis, rest, plan) - vector)))
     assert errors == sorted(errors, reverse=True) or errors[-1] < 1.001 * min(errors)
     assert errors[-1] < 1.05 * best
+
+
+@pytest.mark.parametrize("round_", [1, 2])
+def test_a_side_is_linear_and_nothing_gets_longer(round_: int) -> None:
+    plan = lowrank.Plan(LAYOUT, 2)
+    side = lowrank.side(plan, round_, None, 3)
+    assert side.left == (round_ == 2)
+    vectors = [generator(1, nth).standard_normal(LAYOUT.size, np.float32) for nth in range(3)]
+    sent = [side.project(one) for one in vectors]
+    assert {one.shape for one in sent} == {(side.size,)}
+    assert side.size == (plan.middle if side.left else plan.first) + plan.whole
+    assert np.allclose(np.mean(sent, axis=0), side.project(np.mean(vectors, axis=0)), atol=1e-5)
+    for vector, one in zip(vectors, sent, strict=True):
+        assert np.linalg.norm(one) <= np.linalg.norm(vector) * (1 + 1e-6)
+        back = side.rebuild(one)
+        assert back.shape == vector.shape
+        assert np.allclose(side.project(back), one, atol=1e-4)  # nothing of what is sent is left out
+        assert float(np.dot(vector - back, back)) == pytest.approx(0, abs=1e-2)
+
+
+def test_in_turns_the_sides_find_the_matrices() -> None:
+    """A vector of rank 2 that stays comes back whole from the second round on, and nearly so from one that changes slowly."""
+    plan, before, off = lowrank.Plan(LAYOUT, 2), None, []
+    steady, other = low(LAYOUT, 2, 1), low(LAYOUT, 2, 2)
+    for round_ in range(1, 8):
+        vector = steady if round_ < 5 else np.asarray(steady + 0.02 * (round_ - 4) * other, np.float32)
+        side = lowrank.side(plan, round_, before, 3)
+        sent = side.project(vector)
+        off.append(float(np.linalg.norm(side.rebuild(sent) - vector) / np.linalg.norm(vector)))
+        before = sent[: side.factor]
+    assert off[0] > 0.3
+    assert max(off[1:4]) < 1e-5
+    assert max(off[4:]) < 0.1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -94,6 +96,35 @@ def test_payloads_are_as_short_as_they_are_said_to_be() -> None:
     assert sizes["topk"] < 0.02 * 200_000 * 8.3 / 8 + header.SIZE  # 7.07 bits a place is the entropy, and a sign
 
 
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("none", 0), ("rotq8", 0.5), ("rotq4", 0.5), ("eden1", 0), ("topk", 1.5), ("powersgd", 0), ("delta8", 0.5)],
+)
+def test_memory_is_as_much_as_is_said(name: str, most: float, rows: bool) -> None:
+    """In vectors beside what is given and returned; a few pieces are not counted."""
+    layout, codec, few = layout_of((1 << 11, 1 << 10)), Codec(name), 8 * 4 * pieces.PIECE
+    vector = normal(layout.size)
+    if rows:
+        vector.reshape(1 << 11, -1)[::2] = 0
+        most += name not in {"topk", "powersgd"}
+    found = encode(vector, layout, KEY, codec)
+    given = len(found.payload) + (0 if found.residual is None else found.residual.nbytes)
+    assert peak(lambda: encode(vector, layout, KEY, codec)) < given + most * vector.nbytes + few
+    largest_part = peak(lambda: [len(part) for part in decode(found.payload, layout, KEY, codec)])
+    assert largest_part < (0.55 * vector.nbytes if name == "topk" else 0) + few
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Bytes at most that are allocated meanwhile."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("name", ["none", "rotq8", "rotq4", "eden1", "delta8"])
 def test_rows_that_are_zero_cost_a_bit_each(name: str) -> None:
     layout, codec = layout_of((3,), (1000, 64), (7, 2)), Codec(name)
@@ -148,7 +179,7 @@ def test_another_layout_codec_or_version_is_refused() -> None:
     payload = encode(normal(400), layout, KEY, codec).payload
     with pytest.raises(LayoutMismatch, match="400 parameters"):
         decode(payload, layout_of((10, 40)), KEY, codec)
-    for other in (Codec("eden1", fraction=0.2), Codec("rotq4"), Codec("topk")):
+    for other in (Codec("eden1", fraction=0.2), Codec("rotq4"), Codec("topk", fraction=0.1)):
         with pytest.raises(BrokenTransfer, match="this run's is"):
             decode(payload, layout, KEY, other)
     with pytest.raises(VersionMismatch):

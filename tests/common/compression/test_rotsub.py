@@ -79,7 +79,7 @@ def test_levels_are_the_most_with_which_no_sum_wraps(bits: int, n_max: int) -> N
     else:
         part = rotsub.bounded(100, 0.5, bits, n_max, 1.0)
         assert n_max * part.levels < half <= n_max * (part.levels + 1)
-        assert part.wrap_probability == 0
+        assert part.wrap == 0
 
 
 def test_a_part_of_all_is_the_mean_itself() -> None:
@@ -100,11 +100,11 @@ def test_a_tuned_sum_wraps_as_seldom_as_stated(bits: int, clients: int) -> None:
     total = summed(part, updates)
     true = np.zeros(part.size, np.int64)
     for nth, one in enumerate(updates):
-        wide = rotsub.Part(part.dim, part.fraction, 32, part.levels, part.clip, part.step, True)
+        wide = rotsub.Part(part.dim, part.fraction, 32, part.levels, part.clip, part.step, part.wrap)
         true += np.array(whole(rotsub.quantise(one, 1.0, wide, 5, generator(5, nth))[0], 32))
     wrapped = int((np.array(whole(total, bits)) != true).sum())
-    expected = part.size * part.wrap_probability
-    assert 1e-5 < part.wrap_probability < 1e-4
+    expected = part.size * part.wrap
+    assert 1e-5 < part.wrap < 1e-4
     assert wrapped <= expected + 5 * math.sqrt(expected) + 6
     mean = rotsub.decode(total, part, 5, clients=clients, weight=clients, max_weight=1)
     wanted = np.mean(updates, axis=0)
@@ -126,6 +126,19 @@ def test_the_deviation_is_found_in_a_few_rounds() -> None:
         part = rotsub.tuned(dim, 0.2, 5, 10, 3.0, deviation)
         deviation = rotsub.deviation_of(summed(part, updates), part, 10)
     assert deviation == pytest.approx(0.1 * math.sqrt(10 / dim), rel=0.2)
+
+
+@pytest.mark.parametrize("clients", [3, 10, 40])
+@pytest.mark.parametrize("alike", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("coarse", [0.5, 2.0, 5.0, 20.0, 100.0])
+def test_the_deviation_is_never_found_too_small(clients: int, alike: float, coarse: float) -> None:
+    """However much too large the step was: the next sum would wrap."""
+    dim, common = 20_000, drawn(20_000, 1000)
+    updates = [np.asarray(alike * common + (1 - alike) * drawn(dim, nth), np.float32) for nth in range(clients)]
+    true = float(np.linalg.norm(np.sum(updates, axis=0, dtype=np.float64))) / math.sqrt(dim)
+    part = rotsub.tuned(dim, 1.0, rotsub.bits_of(clients), clients, 9.0, coarse * true)
+    found = rotsub.deviation_of(summed(part, updates), part, clients)
+    assert 0.9 * true < found < max(1.2 * true, min(0.6 * coarse, math.sqrt(clients) + 1) * true)
 
 
 @pytest.mark.parametrize("wraps", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 from typing import Any
 
 import dp_accounting
@@ -15,7 +16,7 @@ from scipy.stats import norm
 
 from seqfed.common.config import validate
 from seqfed.common.dp import accounting
-from seqfed.common.dp.accounting import EXACT, PLD, RDP_SKELLAM, Gaussian, Skellam, epsilon_of
+from seqfed.common.dp.accounting import EXACT, PLD, RDP, RDP_SKELLAM, Gaussian, Skellam, epsilon_of
 from seqfed.common.errors import ConfigError
 from seqfed.common.spec import RunSpec
 
@@ -23,11 +24,11 @@ NEAR = 0.01  # what two accountants of the same thing may differ by
 
 
 def spec_of(
-    dp: dict[str, Any], *, cohort: dict[str, Any] | None = None, secure: bool = False, **tables: Any
+    dp: dict[str, Any], *, cohort: dict[str, Any] | None = None, secure: bool = False, survivors: int = 3, **tables: Any
 ) -> RunSpec:
     privacy: dict[str, Any] = {"dp": {"delta": 1e-5, **dp}}
     if secure:
-        privacy["secure_aggregation"] = True
+        privacy |= {"secure_aggregation": True, "min_survivors": survivors, "b": 18}
     return validate(
         RunSpec,
         {
@@ -104,6 +105,36 @@ def test_whoever_is_drawn_always_gains_nothing() -> None:
     assert nearly == pytest.approx(always, rel=NEAR)
 
 
+def test_many_releases_are_composed_as_few_are() -> None:
+    whole = dp_accounting.pld.PLDAccountant(value_discretization_interval=accounting.GRID)
+    whole.compose(dp_accounting.PoissonSampledDpEvent(0.01, dp_accounting.GaussianDpEvent(2.0)), 2500)
+    found, accountant = epsilon_of([Gaussian(2.0, 2500, 0.01)], 1e-5)
+    assert accountant == PLD
+    assert found == pytest.approx(whole.get_epsilon(1e-5), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("release", "accountant"),
+    [
+        (Gaussian(1.0, 1_000_000, 0.9), RDP),  # a grid of 10^9 points
+        (Gaussian(0.05, 1, 0.9), RDP),
+        (Gaussian(0.5, 1, 1e-6), PLD),
+        (Gaussian(100.0, 1_000_000, 0.9), PLD),
+    ],
+)
+def test_no_run_makes_the_accountant_take_all_memory(release: Gaussian, accountant: str) -> None:
+    """Whoever submits a run, or shows one to a client, chooses these numbers."""
+    tracemalloc.start()
+    try:
+        found = epsilon_of([release], 1e-5)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found[1] == accountant
+    assert found[0] <= accounting._epsilon_of_renyi(tuple(accounting.renyi([release])), 1e-5)
+    assert most < 1 << 29
+
+
 def test_runs_compose_and_less_than_by_adding() -> None:
     first, second = spec_of({"mode": "central", "noise_multiplier": 3.0}), sampled(1.0, 100)
     apart = [accounting.spent(one, 10, noise) for one, noise in ((first, 3.0), (second, 1.0))]
@@ -149,6 +180,11 @@ def test_the_noise_for_a_goal_with_sampling() -> None:
 def test_a_goal_beyond_all_noise_is_refused() -> None:
     with pytest.raises(ConfigError, match="no noise multiplier up to 1e\\+06 gives epsilon 1e-09"):
         accounting.solve(lambda _: 1.0, 1e-9)
+
+
+def test_an_epsilon_that_says_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'privacy.dp.epsilon' = 101"):
+        spec_of({"mode": "central", "epsilon": 101.0})
 
 
 @given(st.floats(0.3, 3), st.integers(1, 200))
@@ -242,6 +278,31 @@ def test_distributed_costs_about_what_central_does() -> None:
     assert central.noise_multiplier < spread.noise_multiplier < central.noise_multiplier * 1.15  # RDP, and whole orders
 
 
+@pytest.mark.parametrize("survivors", [3, 5, 10])
+def test_distributed_holds_against_one_of_the_clients_who_knows_its_own_noise(survivors: int) -> None:
+    """The others' noise alone is worth what is said; with colluding = 0 it takes everybody's, and that is said."""
+    cohort = {"min_clients": survivors, "count": survivors, "quorum": survivors}
+
+    def epsilons(**dp: Any) -> tuple[float, float, str]:
+        """As planned, against a client that takes its noise away, and the words."""
+        given = {"mode": "distributed", "epsilon": 2.0, **dp}
+        spec = spec_of(given, cohort=cohort, secure=True, survivors=survivors, model={"hidden": 64, "layers": 1})
+        plan = accounting.plan(spec)
+        assert plan.epsilon is not None
+        assert plan.noise_multiplier is not None
+        found = accounting.mechanism(spec, plan.noise_multiplier)
+        left = found.client_variance * (survivors - 1)
+        seen, _ = epsilon_of([Skellam(left, found.bound2, found.bound1, spec.rounds)], 1e-5)
+        return plan.epsilon, seen, plan.caveats[0]
+
+    claimed, seen, told = epsilons()
+    assert seen <= claimed * (1 + 1e-9) <= 2.0 * (1 + 1e-9)
+    assert f"the server and 1 of the clients in a sum together, while the {survivors - 1} others" in told
+    claimed, seen, told = epsilons(colluding=0)
+    assert seen > claimed * 1.05
+    assert "holds against the server alone" in told
+
+
 def test_local_counts_any_two_updates_as_neighbours() -> None:
     local = accounting.plan(spec_of({"mode": "local", "noise_multiplier": 4.0}, rounds=3))
     assert local.epsilon == epsilon_of([Gaussian(2.0, 3)], 1e-5)[0]
@@ -314,9 +375,43 @@ def test_noise_that_drowns_the_model_is_said_with_a_cohort_that_would_not() -> N
     assert "the model can learn" in accounting.judge(quiet)
 
 
+def test_a_batch_that_would_not_drown_is_reckoned_from_the_batch() -> None:
+    run = {"mode": "example", "noise_multiplier": 1.0}
+    loud = accounting.plan(spec_of(run, training={"batch_size": 32}, model={"hidden": 64, "layers": 1}), examples=5000)
+    assert loud.noise_norm is not None
+    assert loud.noise_norm > 1
+    size = math.ceil(32 * loud.noise_norm)
+    assert f"training.batch_size of {size:,} (of as many times the sequences) would bring it down" in accounting.judge(
+        loud
+    )
+    quiet = spec_of(run, training={"batch_size": size}, model={"hidden": 64, "layers": 1})
+    assert "the model can learn" in accounting.judge(accounting.plan(quiet, examples=5000))
+
+
+def test_an_adaptive_clip_is_judged_by_its_first() -> None:
+    big: dict[str, Any] = {"model": {"hidden": 256, "layers": 2}}
+    loud = accounting.plan(spec_of({"mode": "central", "noise_multiplier": 5.0, "clip": "adaptive"}, **big))
+    assert loud.dim is not None
+    assert loud.noise_norm == pytest.approx(5.0 * 0.1 * math.sqrt(loud.dim) / 100)
+    assert "will drown the model" in accounting.judge(loud)
+
+
 def test_caveats_name_what_the_number_does_not_say() -> None:
     dp = {"mode": "central", "noise_multiplier": 1.0, "evaluation": "public", "delta": 0.01}
     told = " ".join(accounting.plan(spec_of(dp, cohort={"min_clients": 200, "count": 200})).caveats)
     assert "NOT private" in told
     assert "not against the server" in told
     assert "too large to mean much" in told
+    assert "how many sequences each client says it has" in told
+
+
+def test_examples_are_told_apart_by_their_number_and_that_is_said() -> None:
+    told = accounting.plan(spec_of({"mode": "example", "epsilon": 2.0})).caveats
+    assert any("tells the server how many sequences it has, without noise" in one for one in told)
+
+
+def test_neighbours_are_one_client_more_or_less() -> None:
+    """What moves by one half with a client is a count about one half of the clients, not of those within alone."""
+    assert accounting.plan(spec_of({"mode": "central", "noise_multiplier": 1.0})).neighbours == (
+        "one client in a round's sums, or not"
+    )

@@ -134,8 +134,13 @@ def test_signature() -> None:
 @pytest.mark.parametrize(
     ("bits", "packed"),
     [
+        (4, "1f 8f 00"),
+        (5, "2f7c0c00"),
+        (6, "6ff0e3 00"),
         (8, "ef 01 ff 78 00"),
+        (10, "ef05f03f9e 0000"),
         (12, "ef1d00 ff8f67 0000"),
+        (14, "ef4d00f0ffe359 0000"),
         (16, "efcd 0100 ffff 7856 0000"),
         (18, "efcd0700f0ff3f9e15000000"),
         (20, "efcd1b0000 ffff8f6745 000000"),

@@ -91,7 +91,7 @@ def test_the_masked_sum_is_the_plain_sum_or_fails_and_says_through_whom(data: st
     n = data.draw(st.integers(2, 11), "clients")
     terms = terms_for(
         n,
-        bits=data.draw(st.sampled_from(sorted(WIDTHS)), "bits"),
+        bits=data.draw(st.sampled_from([bits for bits in WIDTHS if n < 1 << bits - 1]), "bits"),
         dim=data.draw(st.integers(0, 40), "dim"),
         scalars=data.draw(st.integers(1, 4), "scalars"),
         malicious=data.draw(st.booleans(), "malicious"),

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqfed.common.errors import MaskingRefused
-from seqfed.common.masking.terms import MAX_DIM, MAX_SCALARS, WIDTHS, Purpose, Terms
+from seqfed.common.errors import ConfigError, MaskingRefused
+from seqfed.common.masking.terms import MAX_DIM, MAX_SCALARS, WIDTHS, Purpose, Terms, width
 
 TERMS = Terms(
     run="r1",
@@ -39,6 +39,7 @@ OTHERS: dict[str, Any] = {
     "codec": "rotq-2",
     "model": b"\1" + bytes(31),
     "settings": bytes(32),
+    "known": b"\1",
 }
 
 
@@ -78,9 +79,33 @@ def test_what_privacy_needs_of_levels_is_what_fits() -> None:
     for bits in WIDTHS:
         for clients in (2, 3, 64, 127):
             levels = ((1 << (bits - 1)) - 1) // clients
-            replace(TERMS, bits=bits, n_max=clients, min_survivors=2, levels=levels).check()
+            if levels:
+                replace(TERMS, bits=bits, n_max=clients, min_survivors=2, levels=levels).check()
             with pytest.raises(MaskingRefused, match="do not fit"):
                 replace(TERMS, bits=bits, n_max=clients, min_survivors=2, levels=levels + 1).check()
+
+
+@given(st.sampled_from([1, 7, 127]), st.integers(2, 1 << 20))
+def test_the_width_is_the_smallest_in_which_nothing_wraps(levels: int, clients: int) -> None:
+    bits, widths = width(levels, clients), list(WIDTHS)
+    replace(TERMS, bits=bits, n_max=clients, min_survivors=2, levels=levels).check()
+    if bits != widths[0]:
+        narrower = widths[widths.index(bits) - 1]
+        with pytest.raises(MaskingRefused, match="do not fit"):
+            replace(TERMS, bits=narrower, n_max=clients, min_survivors=2, levels=levels).check()
+
+
+def test_there_may_be_no_width() -> None:
+    with pytest.raises(ConfigError, match=r"20,000,000 clients with 127 levels each are too many for a sum of 32 bits"):
+        width(127, 20_000_000)
+
+
+@pytest.mark.parametrize(("step", "levels"), [(0.5, 6), (0.5, 8), (-1.0, 7), (float("inf"), 7), (float("nan"), 7)])
+def test_a_tuned_sum_has_a_step_and_all_levels(step: float, levels: int) -> None:
+    tuned = replace(TERMS, bits=4, levels=7, step=0.5)
+    tuned.check()
+    with pytest.raises(MaskingRefused, match="a tuned sum of 4 bits"):
+        replace(tuned, step=step, levels=levels).check()
 
 
 def test_scalars_alone_need_no_levels_and_a_measurement_no_model() -> None:
@@ -91,7 +116,7 @@ def test_scalars_alone_need_no_levels_and_a_measurement_no_model() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"bits": 10}, "of 10 bits"),
+        ({"bits": 9}, "of 9 bits"),
         ({"bits": 64}, "of 64 bits"),
         ({"dim": -1}, "dim = -1"),
         ({"dim": MAX_DIM + 1}, "dim ="),
@@ -119,8 +144,13 @@ def test_terms_beyond_measure_are_refused(changes: dict[str, Any], said: str) ->
 
 def test_the_types_are_unsigned_integers_of_numpy() -> None:
     assert {bits: np.iinfo(replace(TERMS, bits=bits).dtype).bits for bits in WIDTHS} == {
+        4: 8,
+        5: 8,
+        6: 8,
         8: 8,
+        10: 16,
         12: 16,
+        14: 16,
         16: 16,
         18: 32,
         20: 32,

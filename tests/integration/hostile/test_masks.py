@@ -28,7 +28,8 @@ from seqfed.client.work import LocalUpdate
 from seqfed.common import chain, views, wire, wire_masking
 from seqfed.common.errors import DuplicateUpdate, MaskingRefused, RunEnded, SeqfedError, UnknownRun, WrongRound
 from seqfed.common.identity import Role, save_credentials
-from seqfed.common.masking.messages import Advert, Confirm, KeyShares, MaskedInput, Opening, Reply, Request
+from seqfed.common.masking.messages import Advert, Confirm, KeyShares, MaskedInput, Opening
+from seqfed.common.wire_masking import Reply, Request
 from seqfed.server import audit
 from seqfed.v1 import admin_pb2
 from seqfed.v1.federation_pb2 import MaskRequest

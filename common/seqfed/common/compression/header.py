@@ -24,7 +24,8 @@ VERSION: Final = 1
 FIELDS: Final = struct.Struct("<4sBBBB8s8sQQIIf")
 SIZE: Final = FIELDS.size + 32
 ROWS: Final = 1  # flag: rows that are wholly zero are left out; the body begins with which
-PACKED: Final = 2  # flag: the symbols are a raw deflate stream
+# Flag: the symbols are a raw deflate stream; of those of 8 bits the high halves, which come after all the low ones.
+PACKED: Final = 2
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Header:
     sent: int
 
 
-def write(codec: Codec, layout: Layout, key: Key, flags: int, sent: int, body: bytes) -> bytes:
+def write(codec: Codec, layout: Layout, key: Key, flags: int, sent: int, body: bytes | memoryview) -> bytes:
     """The whole payload."""
     levels = (1 << codec.bits) - 1 if codec.bits else 0
     first = FIELDS.pack(

@@ -34,35 +34,31 @@ def encode(vector: Flat, layout: Layout, key: Key, codec: Codec, residual: Flat 
             raise LayoutMismatch(f"codec '{codec.name}' was given a residual of shape {residual.shape}")
         vector = vector + residual
     if codec.name == "topk":
-        body, rest = topk.encode(vector, codec.fraction, codec.bits)
-        return Encoded(header.write(codec, layout, key, 0, topk.sent_of(layout.size, codec.fraction), body), rest)
+        few, rest = topk.encode(vector, codec.fraction, codec.bits)
+        return Encoded(header.write(codec, layout, key, 0, topk.sent_of(layout.size, codec.fraction), few), rest)
     if codec.name == "powersgd":
         return _to_lowrank(vector, layout, key, codec)
     kept = rows.find(layout, vector)
     compact = kept.compact(vector)
     flags, first, sent = header.ROWS if kept.kept else 0, kept.pack() if kept.kept else b"", kept.sent
+    body: bytes | memoryview
     left: Flat | None = None
     if codec.name == "none":
-        pieces.require_finite(compact)
-        body = compact.astype("<f4", copy=False).tobytes()
+        for _, part in pieces.cut(len(compact)):
+            pieces.require_finite(compact[part], part.start)
+        body = np.ascontiguousarray(compact, "<f4").data.cast("B")
     elif codec.name == "eden1":
         body = b"".join(pieces.to_signs(compact, codec.fraction, key))
         sent = pieces.sent_signs(kept.sent, codec.fraction)
     else:
-        found = np.empty_like(compact) if codec.feeds_back else None
-        scales, symbols = pieces.to_grid(
-            compact, GRIDS[codec.name], key, codec.name, nearest=codec.feeds_back, found=found
-        )
-        packed = pieces.deflate(symbols)
-        if len(packed) < len(symbols):
-            flags, symbols = flags | header.PACKED, packed
-        body = scales + symbols
-        if found is not None:
-            left, at = vector.copy(), 0
-            for part in kept.expand(iter([found])):
-                left[at : at + len(part)] -= part
-                at += len(part)
-    return Encoded(header.write(codec, layout, key, flags, sent, first + body), left)
+        if codec.feeds_back:
+            # The sum with a residual is nobody else's, nor is a vector without some of its rows.
+            left = compact if residual is not None or kept.kept else np.empty_like(compact)
+        packed, body = _to_grid(compact, key, codec, left)
+        flags |= packed
+        if left is not None and kept.kept:
+            left = np.concatenate(list(kept.expand(iter([left]))))
+    return Encoded(header.write(codec, layout, key, flags, sent, first + body if first else body), left)
 
 
 def decode(payload: bytes | memoryview, layout: Layout, key: Key, codec: Codec) -> Iterator[Flat]:
@@ -101,7 +97,7 @@ def largest(codec: Codec, layout: Layout) -> int:
         case "none":
             return first + 4 * size
         case "eden1":
-            return first + 4 * pieces.count(size) + pieces.sign_bytes(size, codec.fraction)
+            return first + 4 * pieces.sign_scales(size) + pieces.sign_bytes(size, codec.fraction)
         case "topk":
             return header.SIZE + topk.body_bytes(size, topk.sent_of(size, codec.fraction), codec.bits)
         case "powersgd":
@@ -116,7 +112,7 @@ def _compact(body: memoryview, head: header.Header, size: int, key: Key, codec: 
         _require_sent(head, size)
         _require_bytes(body, 4 * size)
         return (np.frombuffer(body[4 * p.start : 4 * p.stop], "<f4").astype(np.float32) for _, p in pieces.cut(size))
-    count = pieces.count(size)
+    count = pieces.sign_scales(size) if codec.name == "eden1" else pieces.count(size)
     if codec.name == "eden1":
         _require_sent(head, pieces.sent_signs(size, codec.fraction))
         _require_bytes(body, 4 * count + pieces.sign_bytes(size, codec.fraction))
@@ -125,16 +121,33 @@ def _compact(body: memoryview, head: header.Header, size: int, key: Key, codec: 
     _require_sent(head, size)
     if len(body) < 4 * count:
         raise BrokenTransfer(f"a payload of {size:,} numbers ends after {len(body):,} bytes")
-    read: pieces.Inflating | pieces.Plain
+    read: pieces.Inflating | pieces.Halves | pieces.Plain
     if head.flags & header.PACKED:
-        read = pieces.Inflating(body[4 * count :])
+        symbols = body[4 * count :]
+        read = pieces.Inflating(symbols) if codec.bits == 4 else pieces.Halves(symbols, size)
     else:
         _require_bytes(body, _grid_bytes(size, codec.bits))
         read = pieces.Plain(body[4 * count :])
     return _grid(read, pieces.scales_of(body[: 4 * count]), size, key, codec)
 
 
-def _grid(read: pieces.Inflating | pieces.Plain, scales: Flat, size: int, key: Key, codec: Codec) -> Iterator[Flat]:
+def _to_grid(vector: Flat, key: Key, codec: Codec, lost: Flat | None) -> tuple[int, bytes]:
+    """Flags, and the body; what it leaves out goes to `lost`, if given, which may be the vector."""
+
+    def lose(part: slice, found: Flat) -> None:
+        if lost is not None:
+            np.subtract(vector[part], found, out=lost[part])
+
+    scales, symbols = pieces.to_grid(
+        vector, GRIDS[codec.name], key, codec.name, codec.feeds_back, None if lost is None else lose
+    )
+    packed = pieces.deflate(symbols, codec.bits)
+    return (header.PACKED, scales + packed) if len(packed) < len(symbols) else (0, scales + symbols)
+
+
+def _grid(
+    read: pieces.Inflating | pieces.Halves | pieces.Plain, scales: Flat, size: int, key: Key, codec: Codec
+) -> Iterator[Flat]:
     yield from pieces.from_grid(read, scales, size, codec.bits, key, codec.name)
     read.finish()
 
@@ -154,9 +167,7 @@ def _to_lowrank(vector: Flat, layout: Layout, key: Key, codec: Codec) -> Encoded
     basis, rest = lowrank.alone(vector, plan, key.draw("powersgd"))
     parts: list[bytes] = []
     for name, numbers in zip(SECTIONS, (basis, rest[: plan.middle], rest[plan.middle :]), strict=True):
-        found = np.empty_like(numbers)
-        parts += pieces.to_grid(numbers, codec.bits, key, name, nearest=True, found=found)
-        numbers[:] = found
+        parts += pieces.to_grid(numbers, codec.bits, key, name, nearest=True, found=numbers.__setitem__)
     left, at = vector.copy(), 0
     for part in lowrank.rebuild(basis, rest, plan):
         left[at : at + len(part)] -= part

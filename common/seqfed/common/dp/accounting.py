@@ -6,11 +6,13 @@ or Skellam; a whole tree of DP-FTRL is a single Gaussian one. Any releases compo
 - Gaussians that claim nothing of sampling make one Gaussian, whose epsilon is exact (Balle and Wang 2018, "Improving the
   Gaussian mechanism for differential privacy", theorem 8);
 - with sampling the privacy loss distribution is computed on a grid, rounded to the safe side (PLD; Doroshenko et al. 2022);
-- where a Skellam is among them, Renyi differential privacy of whole orders (Mironov 2017; Agarwal et al. 2021, "The Skellam
-  mechanism for differentially private federated learning", corollary 3.1).
+- where a Skellam is among them, or so little noise that the grid would take seconds and gigabytes, Renyi differential privacy of
+  whole orders (Mironov 2017; Agarwal et al. 2021, "The Skellam mechanism for differentially private federated learning",
+  corollary 3.1).
 
-Neighbours: data with one client's update in each sum, and the same with a zero in its place; who is connected is no secret.
-Locally any two updates are neighbours, which are twice the clip apart. In `example` mode they differ by one sequence.
+Neighbours: rounds with one client in their sums, and the same without it. A sum is divided by a number that hangs on neither, so
+it moves by the clip at most, and a count about one half by one half; who is connected, and takes part, is no secret. Locally any
+two updates are neighbours, which are twice the clip apart. In `example` mode they differ by one sequence.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 GRID: Final = (
     5e-4  # of privacy losses: rounding 1,000 rounds up costs 0.01 % of epsilon; ten times finer takes ten times longer
 )
+# A grid is made up to this epsilon, by Renyi divergences (more than runs may ask for), and from this noise multiplier on.
+WIDEST, QUIETEST = 130.0, 0.25
+AT_ONCE: Final = 1 << 10  # releases composed at once: dp-accounting takes the grid's size to the power of their number
 ORDERS: Final = (*range(2, 65), 80, 96, 128, 192, 256, 512, 1024)  # whole ones: the bound of Skellam noise is of these
 LEAST, MOST = 0.05, 1e6  # noise multipliers looked at
 DROWNS: Final = (
@@ -84,9 +89,12 @@ def epsilon_of(releases: Iterable[Release], delta: float) -> tuple[float, str]:
         return gaussian_epsilon(1 / math.sqrt(plain), delta) if plain else 0.0, EXACT
     if plain:
         drawn.append(Gaussian(1 / math.sqrt(plain)))
+    bound = _epsilon_of_renyi(tuple(renyi(drawn)), delta)
+    if bound > WIDEST or min(one.noise for one in drawn) < QUIETEST:
+        return bound, RDP
     whole: Any = None
     for one in drawn:
-        part = _losses(one.noise, one.rate).self_compose(one.count)
+        part = _composed(one)
         whole = part if whole is None else whole.compose(part)
     return max(0.0, float(whole.get_epsilon_for_delta(delta))), PLD
 
@@ -95,6 +103,16 @@ def epsilon_of(releases: Iterable[Release], delta: float) -> tuple[float, str]:
 def gaussian_epsilon(noise: float, delta: float) -> float:
     """Epsilon of one Gaussian release without sampling, exactly; noise in units of the sensitivity."""
     return float(_library("dp_accounting").get_epsilon_gaussian(noise, delta))
+
+
+def _composed(release: Gaussian) -> Any:
+    """The privacy loss of all of these together."""
+    one = _losses(release.noise, release.rate)
+    many, rest = divmod(release.count, AT_ONCE)
+    if not many:
+        return one.self_compose(rest)
+    found = one.self_compose(AT_ONCE).self_compose(many)
+    return found.compose(one.self_compose(rest)) if rest else found
 
 
 @lru_cache(maxsize=64)
@@ -166,8 +184,9 @@ class Plan:
     """What a run is to spend, before it has begun, and on what assumptions; `epsilon` after all its rounds.
 
     noise_multiplier and epsilon: None in `example` mode as far as only a client that knows its own number of examples can tell.
-    cohort: the clients that a sum is divided by, at least. noise_norm: expected L2 norm of the noise in a round's change of the
-    model (example: in a step's gradient), to be held against the clip; None for a model whose size is not known yet.
+    cohort: the clients that a sum is divided by, at least. batch: sequences that a step's gradient is of. noise_norm: expected L2
+    norm of the noise in a round's change of the model (example: in a step's gradient), to be held against first_clip, the clip of
+    the first round; None for a model whose size is not known yet.
     """
 
     mode: str
@@ -180,8 +199,10 @@ class Plan:
     epsilon: float | None
     delta: float
     clip: float | str
+    first_clip: float
     population: int | None
     cohort: int
+    batch: int
     rounds: int
     dim: int | None
     noise_norm: float | None
@@ -210,8 +231,10 @@ def plan(spec: RunSpec, examples: int | None = None) -> Plan:
         epsilon=epsilon,
         delta=dp.delta,
         clip=dp.clip,
+        first_clip=dp.first_clip,
         population=dp.population,
-        cohort=_cohort(spec),
+        cohort=clients_of(spec),
+        batch=spec.training.batch_size,
         rounds=spec.rounds,
         dim=dim,
         noise_norm=None if dim is None or noise is None else noise_norm(spec, dim, noise),
@@ -231,7 +254,7 @@ def _spent(spec: RunSpec, rounds: int, noise: float, taken: int | None, examples
     dp = _dp(spec)
     if dp.mode == "example":
         rate, steps = example_batches(spec, examples)
-        return _epsilon_of_steps(noise, rate, steps * rounds, dp.delta), RDP_OPACUS
+        return epsilon_of_histories([(noise, rate, steps * rounds)], dp.delta), RDP_OPACUS
     return epsilon_of(releases(spec, rounds, noise, taken), dp.delta)
 
 
@@ -319,7 +342,7 @@ def solve(epsilon_at: Callable[[float], float], goal: float) -> float:
 
 def noise_norm(spec: RunSpec, dim: int, noise: float) -> float:
     """Expected L2 norm of the noise in a round's mean; `example`: in a step's gradient."""
-    dp, cohort = _dp(spec), _cohort(spec)
+    dp, cohort = _dp(spec), clients_of(spec)
     one = noise * dp.first_clip * math.sqrt(dim)
     match dp.mode:
         case "central":
@@ -335,22 +358,16 @@ def noise_norm(spec: RunSpec, dim: int, noise: float) -> float:
 
 def honest(spec: RunSpec) -> int:
     """Clients of a sum whose noise is counted on."""
-    return spec.privacy.min_survivors - _dp(spec).colluding
+    return spec.privacy.min_survivors - _dp(spec).known
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
 
 _NEIGHBOURS: Final = {
-    "central": "one client's updates, or zeros in their place",
-    "distributed": "one client's updates, or zeros in their place",
+    "central": "one client in a round's sums, or not",
+    "distributed": "one client in a round's sums, or not",
     "local": "any two updates of one client",
     "example": "one sequence of a client's data, there or not",
-}
-_WHOM: Final = {
-    "central": "holds against whoever sees models, not against the server, which sees the updates",
-    "distributed": "holds against the server too, while as many honest clients are in each sum as the noise counts on",
-    "local": "holds against the server and everybody else; the noise is the largest of all modes",
-    "example": "holds for single sequences, not for all that a client has; a client with many alike is not hidden",
 }
 
 
@@ -373,14 +390,14 @@ def sampling(spec: RunSpec) -> str:
 def caveats(spec: RunSpec, noise: float | None, epsilon: float | None) -> tuple[str, ...]:
     """What the epsilon does not say, one sentence each."""
     dp = _dp(spec)
-    said = [f"{dp.mode}: {_WHOM[dp.mode]}"]
-    if dp.mode == "central" and spec.privacy.secure_aggregation:
-        said[0] = (
-            "central: holds against whoever sees models, not against the server, which sees each sum before its noise"
-        )
+    said = [f"{dp.mode}: {_whom(spec)}"]
     if dp.mode == "example":
         said.append(
             "each client solves for its own noise, and keeps its own account; this server's account has the goal only"
+        )
+        said.append(
+            "each client tells the server how many sequences it has, without noise; one more or less there is seen in that, "
+            "whatever epsilon is"
         )
     if dp.population is not None:
         said.append(
@@ -399,14 +416,38 @@ def caveats(spec: RunSpec, noise: float | None, epsilon: float | None) -> tuple[
         said.append(
             "metrics, training losses and statistics of clients' data are told without noise: they are NOT private"
         )
-    clients = dp.population or _cohort(spec)
+    clients = dp.population or clients_of(spec)
     if dp.mode != "example" and dp.delta * clients > 1:
         said.append(f"delta is more than one in the {clients:,} clients: too large to mean much")
     said.append(
-        "not counted: who takes part and when, times and sizes of messages, other runs' choice of settings by the same data"
+        "not counted: who takes part and when, how many sequences each client says it has, times and sizes of messages, other "
+        "runs' choice of settings by the same data"
     )
     said.append("several clients of one data holder, or its data at several clients, count as several")
     return tuple(said)
+
+
+def _whom(spec: RunSpec) -> str:
+    """From whom it protects what."""
+    dp = _dp(spec)
+    match dp.mode:
+        case "central":
+            sees = "each sum before its noise" if spec.privacy.secure_aggregation else "the updates"
+            return f"holds against whoever sees models, not against the server, which sees {sees}"
+        case "distributed" if dp.known:
+            return (
+                f"holds against the server and {dp.known:,} of the clients in a sum together, while the {honest(spec):,} others "
+                "that are counted on keep to the rules"
+            )
+        case "distributed":
+            return (
+                f"holds against the server alone, while the {honest(spec):,} clients that are counted on keep to the rules; less "
+                "against another client, which knows its own noise (colluding = 0)"
+            )
+        case "local":
+            return "holds against the server and everybody else; the noise is the largest of all modes"
+        case "example":
+            return "holds for single sequences, not for all that a client has; a client with many alike is not hidden"
 
 
 def drawn_again(spec: RunSpec, epsilon: float) -> float:
@@ -424,17 +465,17 @@ def drawn_again(spec: RunSpec, epsilon: float) -> float:
 
 def judge(found: Plan) -> str:
     """In words, whether the noise leaves anything of the model, and what cohort (and population) would."""
-    if found.noise_norm is None or isinstance(found.clip, str):
+    if found.noise_norm is None:
         return ""
-    ratio = found.noise_norm / found.clip
+    ratio = found.noise_norm / found.first_clip
     if ratio <= 1:
         return f"a round's noise is {ratio:.2g} of the clip: the model can learn"
-    power = 2 if found.mode == "local" else 1
-    what = "training.batch_size" if found.mode == "example" else "a cohort"
-    size = math.ceil(found.cohort * ratio**power)
-    if found.mode == "distributed":  # noise of all who are there beyond those counted on
-        size = math.ceil(found.cohort * ratio**2)
-    whole = ""
+    # In these two there is more noise in the sum of more.
+    power = 2 if found.mode in {"local", "distributed"} else 1
+    whole, what, size = "", "a cohort", math.ceil(found.cohort * ratio**power)
+    if found.mode == "example":
+        what, size = "training.batch_size", math.ceil(found.batch * ratio)
+        whole = " (of as many times the sequences)"
     if found.population is not None:
         whole = f" (population {math.ceil(found.population * size / found.cohort):,} at the same rate)"
     loud = "will drown the model" if ratio > DROWNS else "will slow the model down, and more rounds average it out"
@@ -455,7 +496,7 @@ def _dp(spec: RunSpec) -> DPSpec:
 
 def _check_noise(spec: RunSpec, noise: float) -> None:
     """Raise ConfigError if this noise cannot be what the run asks for."""
-    dp, cohort = _dp(spec), _cohort(spec)
+    dp, cohort = _dp(spec), clients_of(spec)
     # A round's clipped share is counted with deviation cohort / 20, which alone has a multiplier of cohort / 10.
     if dp.clip == "adaptive" and 10 * noise >= cohort:
         raise ConfigError(
@@ -479,7 +520,8 @@ def _check_noise(spec: RunSpec, noise: float) -> None:
         )
 
 
-def _cohort(spec: RunSpec) -> int:
+def clients_of(spec: RunSpec) -> int:
+    """The clients that a round's sum is divided by, at least."""
     if spec.cohort.count is not None:
         return spec.cohort.count
     return spec.cohort.min_clients
@@ -497,7 +539,7 @@ def mechanism(spec: RunSpec, noise: float) -> Mechanism:
     from seqfed.common.dp.skellam import Mechanism
 
     dim = layout_of(spec).size
-    most = math.ceil(_cohort(spec) * spec.cohort.over_select)
+    most = math.ceil(clients_of(spec) * spec.cohort.over_select)
     return Mechanism(dim, spec.privacy.b, spec.privacy.bound, most, honest(spec), noise)
 
 
@@ -509,10 +551,13 @@ def example_batches(spec: RunSpec, examples: int | None) -> tuple[float, int]:
     return each, spec.training.steps or (spec.training.epochs or 1) * math.ceil(1 / each)
 
 
-def _epsilon_of_steps(noise: float, rate: float, steps: int, delta: float) -> float:
+def epsilon_of_histories(parts: Iterable[tuple[float, float, int]], delta: float) -> float:
+    """Epsilon of all of one client's DP-SGD together, whatever runs it is of; each part: noise multiplier, probability of a
+    sequence, steps. Raises ConfigError without the extra seqfed[dp].
+    """
     accountant = _library("opacus.accountants").RDPAccountant()
-    accountant.history = [(noise, rate, steps)]
-    return float(accountant.get_epsilon(delta)) if steps else 0.0
+    accountant.history = [one for one in parts if one[2]]
+    return float(accountant.get_epsilon(delta)) if accountant.history else 0.0
 
 
 def _library(name: str) -> Any:

@@ -3,8 +3,8 @@
 Bit k of number i is bit (i b + k) mod 8 of byte (i b + k) // 8. Eight numbers always end with a byte, so a vector may be packed
 and unpacked in pieces of any multiple of eight numbers.
 
-The widths are all even, so small groups of numbers fill whole words of 16 bits; each word is made of the one or more
-numbers that reach into it, for all groups at once.
+Small groups of numbers fill whole words of 16 bits (of 5 bits sixteen numbers five of them); each word is made of the one or
+more numbers that reach into it, for all groups at once.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def pack(values: NDArray[Any], bits: int) -> bytes:
     if bits == 8 * memory.itemsize:
         return values.astype(memory.newbyteorder("<"), copy=False).tobytes()
     numbers, words = _group(bits)
+    wide = np.result_type(memory, np.uint16)
     out = np.empty((-(-len(values) // numbers), words), "<u2")
     step = PIECE // numbers
     for first in range(0, len(out), step):
@@ -41,7 +42,7 @@ def pack(values: NDArray[Any], bits: int) -> bytes:
         room = out[first : first + step]
         if part.size < room.shape[0] * numbers:
             part = np.concatenate([part, np.zeros(room.shape[0] * numbers - part.size, part.dtype)])
-        columns: NDArray[Any] = part.reshape(-1, numbers)
+        columns: NDArray[Any] = part.reshape(-1, numbers).astype(wide, copy=False)
         for word in range(words):
             found: NDArray[Any] | None = None
             for number, shift in _reaching(bits, word):
@@ -71,15 +72,16 @@ def unpack(data: bytes | memoryview, bits: int, count: int, dtype: np.dtype[Any]
         data = bytes(data) + bytes(groups * words * 2 - len(data))
     columns = np.frombuffer(data, "<u2").reshape(groups, words)
     out = np.empty((groups, numbers), dtype)
+    wide = np.result_type(memory, np.uint16)
     step = PIECE // numbers
     for first in range(0, groups, step):
-        part = columns[first : first + step].astype(dtype)
-        room = out[first : first + step]
-        room[:] = 0
+        part = columns[first : first + step].astype(wide)
+        room = np.zeros((len(part), numbers), wide)
         for word in range(words):
             for number, shift in _reaching(bits, word):
                 room[:, number] |= part[:, word] >> shift if shift >= 0 else part[:, word] << -shift
-        room &= dtype.type((1 << bits) - 1)
+        room &= wide.type((1 << bits) - 1)
+        np.copyto(out[first : first + step], room, casting="unsafe")
     return out.reshape(-1)[:count]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import cached_property
@@ -15,13 +16,18 @@ from typing import Any, Final
 
 import numpy as np
 
-from seqfed.common.errors import MaskingRefused
+from seqfed.common.errors import ConfigError, MaskingRefused
 
 VERSION: Final = 1
 GENERATOR: Final = "aes-256-ctr"  # what makes masks of keys (see prg)
 WIDTHS: Final = {
+    4: "u1",
+    5: "u1",
+    6: "u1",
     8: "u1",
+    10: "u2",
     12: "u2",
+    14: "u2",
     16: "u2",
     18: "u4",
     20: "u4",
@@ -31,6 +37,20 @@ WIDTHS: Final = {
 MAX_DIM: Final = 1 << 33
 MAX_SCALARS: Final = 1 << 17
 DIGEST_BYTES: Final = 32
+
+
+def width(levels: int, n_max: int) -> int:
+    """The fewest bits in which n_max clients' numbers from -levels to levels never wrap; raises ConfigError if there are none.
+
+    >>> width(127, 10), width(7, 10)
+    (12, 8)
+    """
+    for bits in WIDTHS:
+        if n_max * levels < 1 << (bits - 1):
+            return bits
+    raise ConfigError(
+        f"{n_max:,} clients with {levels} levels each are too many for a sum of {max(WIDTHS)} bits; have fewer"
+    )
 
 
 class Purpose(StrEnum):
@@ -62,6 +82,9 @@ class Terms:
         codec: How the vector was made of an update.
         model: BLAKE3 of the model's bytes; empty for MEASURE, where there is none.
         settings: SHA-256 of the run's canonical JSON and statistics.
+        step: What one stands for, where that follows the last sum: this one may then wrap, as seldom as the settings say. 0: it
+            follows from the levels, and no sum wraps.
+        known: What the last round's sum tells of how this one is made; empty where it tells nothing.
     """
 
     run: str
@@ -80,6 +103,8 @@ class Terms:
     codec: str
     model: bytes
     settings: bytes
+    step: float = 0.0
+    known: bytes = b""
 
     @cached_property
     def digest(self) -> bytes:
@@ -87,6 +112,11 @@ class Terms:
         content: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
         content |= {"model": self.model.hex(), "settings": self.settings.hex()}
         content |= {"version": VERSION, "generator": GENERATOR}
+        if not self.step:
+            del content["step"]
+        del content["known"]
+        if self.known:
+            content["known"] = hashlib.sha256(self.known).hexdigest()
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).digest()
 
     @property
@@ -109,7 +139,13 @@ class Terms:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise MaskingRefused(f"a masked sum with {name} = {value}; it must be {low} to {high}")
-        if self.dim and not 1 <= self.n_max * self.levels < 1 << (self.bits - 1):
+        if self.step:
+            if not 0 < self.step < math.inf or self.levels != (1 << (self.bits - 1)) - 1:
+                raise MaskingRefused(
+                    f"a tuned sum of {self.bits} bits with a step of {self.step} and {self.levels} levels; the step must be "
+                    f"above 0, and the levels {(1 << (self.bits - 1)) - 1}"
+                )
+        elif self.dim and not 1 <= self.n_max * self.levels < 1 << (self.bits - 1):
             raise MaskingRefused(
                 f"{self.n_max} clients with {self.levels} levels each do not fit a sum of {self.bits} bits: "
                 f"their product must be 1 to {(1 << (self.bits - 1)) - 1}; use more bits or fewer clients"
