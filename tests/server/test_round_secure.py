@@ -164,6 +164,36 @@ def test_too_few_scores_are_not_summed_and_a_lost_sum_of_them_is_worth_no_second
     assert (lost.phase, lost.round, effects[0]) == (Phase.TRAINING, 2, CloseRound(1))
 
 
+@pytest.mark.parametrize("left", ["a", "ab", "abc"])
+def test_fewer_than_a_sum_may_be_of_are_not_asked_for_scores(left: str) -> None:
+    spec = secure(rounds=2, privacy={"secure_aggregation": True, "min_survivors": 3}, evaluation__every=1)
+    run, _ = on(spec, masking(spec, "a", "b", "c", "d"), Unmasked(1, ("a", "b", "c", "d")))
+    run, _ = follow(spec, run, gone(*left))
+    run, effects = on(spec, run, ModelCommitted(1))
+    if left == "a":
+        assert (run.phase, run.round, run.cohort) == (Phase.EVALUATING, 1, ("b", "c", "d"))
+    else:
+        assert effects[0] == CloseRound(1)
+        assert (run.phase, run.round) == (Phase.GATHERING, 2)
+
+
+def test_no_more_are_asked_than_a_sum_bears() -> None:
+    spec = secure(rounds=2, privacy={"secure_aggregation": True, "min_survivors": 2, "b": 4}, evaluation__every=1)
+    run = training(spec, *NAMES)
+    assert (len(run.cohort), run.target) == (3, 3)  # 2^3 - 1 is 3 clients' two levels each, and no fourth's
+    asked = run.cohort
+    run, _ = follow(spec, run, *(UpdateArrived(1, name) for name in asked), Unmasked(1, asked), ModelCommitted(1))
+    assert (run.phase, run.cohort) == (Phase.EVALUATING, NAMES)  # scores have 64 bits
+
+
+def test_no_more_are_asked_for_scores_than_an_encrypted_sum_bears() -> None:
+    privacy = {"secure_aggregation": True, "mode": "semi_honest", "homomorphic": True, "min_survivors": 2}
+    spec = secure(rounds=2, privacy=privacy, evaluation__every=1, data__normalise="federated")
+    names = [f"client-{number}" for number in range(1003)]
+    run, _ = follow(spec, Run(), Turn(), here(*names))
+    assert (run.phase, len(run.cohort)) == (Phase.MEASURING, 1000)
+
+
 def test_a_restart_begins_the_phase_anew_with_the_same_clients_and_another_number() -> None:
     spec = secure(evaluation__every=1)
     run = masking(spec, "a", "b", "c")

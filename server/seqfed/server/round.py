@@ -42,6 +42,7 @@ from typing import Any, Final
 
 from seqfed.common.dp.accounting import rate
 from seqfed.common.errors import DuplicateUpdate, IllegalTransition, WrongRound
+from seqfed.common.homomorphic.scheme import most_clients
 from seqfed.common.metrics import SMALLER_IS_BETTER, add, spread, summary
 from seqfed.common.seeds import generator
 from seqfed.common.spec import RunSpec
@@ -470,9 +471,19 @@ def _gather(spec: RunSpec, run: Run) -> Step:
 
 
 def _measure(spec: RunSpec, run: Run, pool: tuple[str, ...]) -> Step:
-    """The step before the first round: everybody there sums up its data."""
-    state = replace(_asking(run, Phase.MEASURING), attempt=run.attempt + 1, cohort=tuple(sorted(pool)))
+    """The step before the first round: everybody there, as far as one sum bears them, sums up its data."""
+    asked = _at_most(spec, run, pool, trained=False)
+    state = replace(_asking(run, Phase.MEASURING), attempt=run.attempt + 1, cohort=asked)
     return state, (StartDeadline(spec.cohort.deadline_s), Ask(state.cohort))
+
+
+def _at_most(spec: RunSpec, run: Run, names: Iterable[str], *, trained: bool) -> tuple[str, ...]:
+    """These, or as many of them, drawn uniformly, as one masked sum can be of."""
+    found = sorted(names)
+    if spec.privacy.secure_aggregation:
+        draw = generator(spec.seed, run.round, run.attempt + 1, run.phase.value)
+        found = _sample(draw, found, most_clients(spec, trained=trained))
+    return tuple(sorted(found))
 
 
 def _asking(run: Run, phase: Phase) -> Run:
@@ -519,6 +530,8 @@ def _target(spec: RunSpec, run: Run, pool: tuple[str, ...]) -> int | None:
     if _drawn_secretly(spec):
         return len(drawn(spec, run)) or None
     size = spec.cohort.size(len(run.present))
+    if spec.privacy.secure_aggregation:
+        size = min(size, most_clients(spec, trained=True))
     here = len(set(pool) | set(run.folded))
     least = min(spec.cohort.required, spec.cohort.needed(size))  # fewer than those present: some rest, or work already
     return min(size, here) if here + len(run.late) >= least else None
@@ -536,6 +549,8 @@ def choose(spec: RunSpec, run: Run, pool: Iterable[str]) -> tuple[str, ...]:
         size = spec.asynchronous.concurrency - len(run.owing)
     else:
         size = spec.cohort.asked(run.target, len(names) + len(run.folded)) - len(run.folded)
+    if spec.privacy.secure_aggregation:
+        size = min(size, most_clients(spec, trained=True) - len(run.folded))
     draw = generator(spec.seed, run.round, run.attempt + 1, "cohort")
     return tuple(sorted((*run.folded, *_sample(draw, names, size))))
 
@@ -893,10 +908,11 @@ def _committed(spec: RunSpec, run: Run, event: ModelCommitted) -> Step:
     due = every > 0 and (run.round % every == 0 or run.round == spec.rounds)
     # After a restart nobody is there yet; the round's own clients will be, or fall silent.
     idle = (run.present or set(run.cohort)) - {name for name, _ in (*run.owing, *run.declined)}
-    if not due or not idle:
+    # A masked sum of fewer would be refused by everybody.
+    if not due or len(idle) < (spec.privacy.min_survivors if spec.privacy.secure_aggregation else 1):
         state, effects = _close(spec, run)
         return state, (*dismissed, *effects)
-    state = replace(_asking(run, Phase.EVALUATING), cohort=tuple(sorted(idle)))
+    state = replace(_asking(run, Phase.EVALUATING), cohort=_at_most(spec, run, idle, trained=False))
     return state, (*dismissed, StartDeadline(spec.cohort.deadline_s), Ask(state.cohort))
 
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -40,6 +40,7 @@ MODULUS: Final = (
 SCALE: Final = 2.0**19  # so that |slot| < 2^39 stays below MODULUS / 2
 HOLD: Final = 40  # bits of a slot's whole number, with its sign
 MOST_CLIENTS: Final = 1_000
+MANY: Final = 100_000  # clients, of which masks bear as many as anybody has
 MOST_NUMBERS: Final = 2_000_000  # in an update: 64 MB of ciphertexts
 WORDS: Final = CIPHERTEXT // 8
 LIMB: Final = 16  # bits of a part of a scalar
@@ -67,6 +68,33 @@ def check(spec: RunSpec, size: int) -> None:
         )
     most = spec.cohort.required
     fits(grid_of(spec, most)[0], most)
+
+
+def most_clients(spec: RunSpec, *, trained: bool) -> int:
+    """The most clients that a masked or encrypted sum of this run can be of, MANY at most.
+
+    trained: of updates; otherwise of scores or statistics.
+    """
+    return _most_clients(spec.canonical, trained)
+
+
+@lru_cache(maxsize=64)
+def _most_clients(canonical: bytes, trained: bool) -> int:
+    from seqfed.common.spec import RunSpec
+
+    spec, low, high = RunSpec.model_validate_json(canonical), 1, MANY
+
+    def bears(clients: int) -> bool:
+        try:
+            bits = grid_of(spec, clients)[0] if trained else LIMB + 1
+            return not spec.privacy.homomorphic or fits(bits, clients) > 0
+        except ConfigError:
+            return False
+
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if bears(middle) else (low, middle - 1)
+    return low
 
 
 def fits(bits: int, clients: int) -> int:
