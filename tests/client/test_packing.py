@@ -151,6 +151,17 @@ def test_what_no_sum_has_is_put_back(packer: Packer) -> None:
     assert taken(packer, 3) == kept(2).tolist()
 
 
+def test_what_cannot_be_put_back_is_lost_and_hides_no_other_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    packer = Packer(tmp_path)
+    packer.keep(task(1), LAYOUT, kept(1))
+    packer.take(task(2), LAYOUT)
+    (tmp_path / f"{RUN}.counted").mkdir()
+    packer.put_back(RUN)
+    assert "keeping what an update left out" in caplog.text
+
+
 def test_what_a_masked_sum_left_out_grows_stale(packer: Packer) -> None:
     for round_, layout in ((1, LAYOUT), (2 + STALE, LAYOUT), (2, OTHER)):
         packer.keep(task(1), LAYOUT, kept(1))

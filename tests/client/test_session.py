@@ -18,6 +18,7 @@ import pytest
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from tests.client.hurried import at_once, hurry
 from tests.client.ready import Ready
 from tests.client.table import Table, be_in, parties, party, secure_spec, update
@@ -25,9 +26,9 @@ from tests.client.table import Table, be_in, parties, party, secure_spec, update
 from seqfed.client import session as under_test
 from seqfed.client.consent import Account, Consent
 from seqfed.client.data import ClientData, Sequences
-from seqfed.client.masking import Log, Masking
+from seqfed.client.masking import LOG, Log, Masking
 from seqfed.client.policy import Policy
-from seqfed.client.secure import Given, contribution
+from seqfed.client.secure import Given, contribution, rest_of
 from seqfed.client.session import (
     BEAT_S,
     BROKEN,
@@ -63,6 +64,7 @@ from seqfed.common.layout import Flat
 from seqfed.common.masking.messages import (
     Advert,
     Confirm,
+    Delivery,
     KeyShares,
     MaskedInput,
     Opening,
@@ -806,6 +808,90 @@ def test_without_a_number_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_p
     live(monkeypatch, server, Bench(), 20, masking=party("ward", tmp_path, {}))
     assert server.all("failure") == [(SECURE.key, MaskingRefused)]
     assert server.all("update") == server.all("mask") == []
+
+
+@pytest.mark.parametrize(
+    ("heard", "lasts", "comes"),
+    [(Delivery, True, True), (Delivery, False, True), (Survivors, True, False), (Survivors, False, False)],
+    ids=[
+        "before it is sent",
+        "before it is sent, without a log",
+        "after it was sent",
+        "after it was sent, without a log",
+    ],
+)
+def test_what_a_sum_left_out_comes_with_the_next_one_unless_it_may_have_been_opened(
+    heard: type, lasts: bool, comes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Three rounds of powersgd; the second one's sum ends amid it. lasts: whether masking.db can be used then."""
+    content = {
+        "data": {"features": 3, "classes": 2},
+        "model": {"hidden": 30, "layers": 1},
+        "cohort": {"min_clients": 3},
+        "aggregation": {"weighting": "uniform"},
+        "privacy": {"secure_aggregation": True, "clip": 1e6, "b": 24},
+        "compression": {"upload": "powersgd", "rank": 2},
+    }
+    spec = validate(RunSpec, content, "test")
+    model = np.random.default_rng(1).standard_normal(layout_of(spec).size).astype("<f4")
+    monkeypatch.setattr(sys.modules[__name__], "MODEL", model)
+    version = ModelVersion(0, model.nbytes, blake3(model.tobytes()).digest(), b"layout")
+    # the last is of the other side, in which what was left out has a part
+    tasks = [
+        replace(SECURE, spec=spec, model=version, key=TaskKey("run", round_, 1), masking=MaskingTerms(number, 3))
+        for number, round_ in ((1, 1), (2, 3), (3, 4))
+    ]
+    log, aside, ended = tmp_path / "ward" / LOG, tmp_path / "aside", list[type]()
+
+    def end(client: str, reply: Reply) -> Reply:
+        if client != "ward" or not isinstance(reply, heard):
+            return reply
+        if not lasts:
+            company.people["ward"].log.close()
+            log.rename(aside)
+            log.mkdir()
+        ended.append(type(reply))
+        raise WrongRound("masked sum 2 is over")
+
+    first, second, third = (
+        Table(task, 3, model.size, lie=end if task is tasks[1] else lambda _, reply: reply) for task in tasks
+    )
+    company = Company(tmp_path, [first, third])
+
+    async def then(client: Session) -> None:
+        await company.join(client)
+        await asyncio.sleep(20)
+        others = [
+            asyncio.ensure_future(be_in(second, company.people[name], update(0, model.size)))
+            for name in ("anna", "bert")
+        ]
+        client._offer(tasks[1])
+        await asyncio.sleep(20)
+        if not lasts:
+            log.rmdir()
+            aside.rename(log)
+        for other in others:
+            other.cancel()
+        client._offer(tasks[2])
+
+    server, bench = Server(tasks=[tasks[0]]), Bench()
+    server.tables[2] = second
+    company.live(monkeypatch, server, bench, 60, then=then)
+    assert bench.done == [task.key for task in tasks]
+    assert (server.all("failure"), ended) == ([], [heard])
+    own = LocalUpdate(model, b"", 1, {"examples": 1}, 0)
+    more = replace(own, delta=model + rest_of(tasks[0], own))
+
+    def vector(name: str, one: LocalUpdate) -> NDArray[np.int64]:
+        found, _ = contribution(third.terms, tasks[2], name, one)
+        assert found is not None
+        return found.astype(np.int64)
+
+    with_it, without = vector("ward", more), vector("ward", own)
+    assert not np.array_equal(with_it, without)
+    others = sum(vector(name, update(1, model.size)) for name in ("anna", "bert"))
+    expected = others + (with_it if comes else without)
+    np.testing.assert_array_equal(third.sums()[0], expected & 0xFFFFFF)
 
 
 def private(mode: str, size: int, **dp: Any) -> RunSpec:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -47,7 +49,7 @@ digests = st.binary(max_size=32)
 steps = st.lists(st.builds(views.ModelStep, u32, digests, u64, digests, digests), max_size=3).map(tuple)
 versions = st.builds(views.ModelVersion, u32, u64, digests, digests, digests, steps)
 signatures = st.binary(max_size=72)
-masking = st.none() | st.builds(views.MaskingTerms, u64, u32, st.binary(max_size=20))
+masking = st.none() | st.builds(views.MaskingTerms, u64, st.integers(2, (1 << 32) - 1), st.binary(max_size=20))
 tasks = st.builds(
     views.Task,
     st.sampled_from(views.TaskKind),
@@ -168,6 +170,17 @@ def test_the_number_of_the_protocol_and_the_names_in_it() -> None:
 def test_a_specification_that_is_none_is_refused(spec: bytes) -> None:
     message = federation_pb2.Task(kind=federation_pb2.TASK_KIND_TRAIN, spec=spec)
     with pytest.raises(ConfigError, match=r"^the task's specification: "):
+        wire.task_from_wire(message)
+
+
+@pytest.mark.parametrize("n_max", [0, 1])
+def test_a_masked_sum_of_one_is_refused(n_max: int) -> None:
+    spec = RunSpec(data=DataSpec(features=2, classes=3))
+    task = views.Task(views.TaskKind.TRAIN, views.TaskKey("r", 3, 1), spec, views.ModelVersion(2, 516, b"", b""))
+    message = wire.task_to_wire(replace(task, masking=views.MaskingTerms(1, n_max)))
+    with pytest.raises(
+        ConfigError, match=f"the task's masked sum is of {n_max} clients at most, and one of fewer than 2"
+    ):
         wire.task_from_wire(message)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import asyncio
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from blake3 import blake3
+from tests.client.hurried import at_once, hurry
+from tests.client.table import secure_spec
 from tests.common.homomorphic.test_scheme import TERMS
 
 from seqfed.common.errors import ConfigError, MaskingRefused, WrongRound
@@ -18,7 +21,8 @@ from seqfed.common.masking import packing
 from seqfed.common.masking.messages import Confirm
 from seqfed.common.masking.server import Left, Step
 from seqfed.server.encrypted import AT_ONCE, Ciphertexts
-from seqfed.server.masked import Vector
+from seqfed.server.masked import AWAY_S, MaskedSum, Vector
+from seqfed.server.round import MaskingEnded, Unmasked
 
 LARGE = replace(TERMS, dim=11 * 2 * SLOTS)  # 12 ciphertexts: more than are added, or shown, at once
 DIGEST = bytes(32)
@@ -131,3 +135,92 @@ def test_who_has_another_key_is_told_so_even_if_it_has_begun_meanwhile() -> None
 def test_messages_of_masked_sums_are_nothing_to_it() -> None:
     with pytest.raises(MaskingRefused, match="client 'a': a Confirm is nothing to an encrypted sum"):
         begun().event("a", Confirm(bytes(64)))
+
+
+# Who opens it, and when --------------------------------------------------------------------------------------------------
+
+STEP_S = 30.0
+PLAIN = replace(TERMS, dim=0, levels=0, scalars=1)  # its scalars are in the messages
+SPEC = secure_spec(homomorphic=True, mode="semi_honest", min_survivors=2, step_s=STEP_S)
+
+
+@dataclass
+class Sum:
+    """One in which everybody's numbers are, on the running loop; those who are `gone` have no connection."""
+
+    folder: Path
+    names: str = "abcd"
+    gone: set[str] = field(default_factory=set)
+    told: list[Unmasked | MaskingEnded] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._began = asyncio.get_running_loop().time()
+        self.way = Ciphertexts(PLAIN)
+        self.it = MaskedSum(SPEC, PLAIN, self.way, lambda name: name not in self.gone, self.told.append, size=0)
+
+    async def run(self) -> None:
+        for name in self.names:
+            self.it.advert(name, Ready(DIGEST, Form(PLAIN).agreed))
+        self.it.begin(tuple(self.names))
+        for seed, name in enumerate(self.names):
+            self.it.received(name, Vector(kept(self.folder, words(seed, self.way._form.ciphertexts)), DIGEST, 0.0))
+        self.calls = {name: asyncio.ensure_future(self.it.say(name, Encrypted(DIGEST))) for name in self.names}
+        await asyncio.sleep(0.01)
+        assert self.openers == ("a", "b")
+
+    async def until(self, seconds: float) -> None:
+        """So many from its beginning on."""
+        await asyncio.sleep(self._began + seconds - asyncio.get_running_loop().time())
+
+    @property
+    def openers(self) -> tuple[str, ...]:
+        """Whom it still has hope of."""
+        assert self.way.state is not None
+        return tuple(name for name in self.way.state.openers if name not in self.way.state.left)
+
+    def close(self) -> None:
+        self.it.close()
+        for call in self.calls.values():
+            call.cancel()
+
+
+def test_an_opener_that_is_asked_late_has_a_whole_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def main() -> None:
+        one = Sum(tmp_path)
+        await one.run()
+        await one.until(STEP_S - 1)
+        one.it.leave("a", "gone")
+        assert one.openers == ("b", "c")
+        await one.until(STEP_S + 1)
+        assert one.openers == ("c", "d")  # b has had its time, c has not
+        await one.until(2 * STEP_S - 2)
+        assert (one.openers, one.told) == (("c", "d"), [])
+        await one.until(2 * STEP_S + 1)
+        assert [type(event) for event in one.told] == [MaskingEnded]
+        assert one.way.state is not None
+        assert one.way.state.why.endswith(
+            "no 2 clients are left to open it; missing: a (gone), b (no answer in time), c (no answer in time)"
+        )
+        one.close()
+
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
+    hurry(main)
+
+
+def test_an_opener_that_is_asked_late_and_is_not_there_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        one = Sum(tmp_path)
+        await one.run()
+        one.gone |= {"c"}
+        one.it.away("c")  # it had said all that it was asked
+        await one.until(1)
+        one.it.leave("a", "gone")
+        assert one.openers == ("b", "c")
+        await one.until(1 + AWAY_S + 0.1)
+        assert one.openers == ("b", "d")
+        one.close()
+
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
+    hurry(main)

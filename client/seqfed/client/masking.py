@@ -6,7 +6,7 @@ owner has made (peers.toml), or, where there are both, if both say so. One that 
 shows it, so it takes part only where the run's operator says that the server is trusted not to lie.
 
 The log is why no sum is replayed: the highest number of each run that it has been in, noted before anything secret is sent, and
-what stood in a sum that was opened, noted before its share in the opening is sent.
+what may stand in a sum that is opened, noted before anything of it is sent.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Log:
             if row is not None and number <= row[0]:
                 raise MaskingRefused(
                     f"masked sum {number} of run {run}: this client was in number {row[0]}, and takes none twice; "
-                    "was the server's store put back from a copy?"
+                    "was the server's store put back from a copy, or was this client restarted within it?"
                 )
             database.execute("INSERT OR REPLACE INTO sums VALUES (?, ?)", (run, number))
 

@@ -101,8 +101,11 @@ class Packer:
         return found
 
     def put_back(self, run: str) -> None:
-        """What was taken is in no sum."""
-        self._move(run, GIVEN, COUNTED)
+        """What was taken is in no sum. Where it cannot be put back it is lost."""
+        try:
+            self._move(run, GIVEN, COUNTED)
+        except (StorageFull, StorageError) as error:
+            log.warning("%s", error)
 
     def keep(self, task: Task, layout: Layout, rest: Flat) -> None:
         """The task's masked update is in its sum, and left this out. Raises StorageFull, StorageError."""

@@ -612,7 +612,11 @@ class Session:
         async def ask(step: Request, names: Sequence[str]) -> Reply:
             return await self._persist(hand, lambda server: server.mask(key, number, step, names), turn)
 
+        sent = False  # from then on it may be in a sum that is opened
+
         async def send(packed: bytes, digest: bytes) -> None:
+            nonlocal sent
+            sent = True
             header = views.UpdateHeader(
                 key=key,
                 weight=0,
@@ -631,14 +635,14 @@ class Session:
         if not isinstance(given, LocalUpdate) or not task.spec.compression.feeds_back:
             await secure.take_part(masking, task, given, ask, send)
             return
-        layout, digest = layout_of(task.spec), given.digest
+        layout = layout_of(task.spec)
         rest = await asyncio.to_thread(self._packer.take, task, layout)
         if rest is not None:
             given = replace(given, delta=given.delta + rest)
         try:
             await secure.take_part(masking, task, given, ask, send)
         except BaseException:
-            if digest not in masking.log.opened(key):
+            if not sent:
                 self._packer.put_back(key.run)
             raise
         left = await asyncio.to_thread(secure.rest_of, task, given)

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from seqfed.common import views
 from seqfed.common.config import validate_json
-from seqfed.common.errors import InvalidName, VersionMismatch
+from seqfed.common.errors import ConfigError, InvalidName, VersionMismatch
 from seqfed.common.logs import UNPRINTABLE
 from seqfed.common.schema import DataSchema
 from seqfed.common.spec import RunSpec
@@ -162,7 +162,8 @@ def _spec(text: bytes) -> RunSpec:
 def task_from_wire(message: federation_pb2.Task, known: RunSpec | None = None) -> views.Task:
     """The task; `known` is the specification of the last one on the same stream.
 
-    Raises ConfigError for a specification that does not validate, VersionMismatch for a kind from the future.
+    Raises ConfigError for a specification that does not validate, and for a masked sum of fewer than 2 clients, VersionMismatch
+    for a kind from the future.
     """
     if message.kind not in _KINDS_BACK:
         raise VersionMismatch(
@@ -171,6 +172,10 @@ def task_from_wire(message: federation_pb2.Task, known: RunSpec | None = None) -
     model = message.model
     masking = None
     if message.HasField("masking"):
+        if message.masking.n_max < 2:
+            raise ConfigError(
+                f"the task's masked sum is of {message.masking.n_max} clients at most, and one of fewer than 2 hides nothing"
+            )
         masking = views.MaskingTerms(message.masking.number, message.masking.n_max, message.masking.known)
     return views.Task(
         _KINDS_BACK[message.kind],

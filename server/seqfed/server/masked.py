@@ -372,11 +372,11 @@ class MaskedSum:
             match effect:
                 case server.Answer():
                     self._tell_all()
-                case server.StartStep(step):
+                case server.StartStep(step, clients):
                     self._delivered = self._delivered or step is not Step.SHARING
                     later = asyncio.get_running_loop().call_later
-                    self._timers.append(later(self._spec.privacy.step_s, self._late, step))
-                    for client in self._require_begun().awaited:
+                    self._timers.append(later(self._spec.privacy.step_s, self._late, step, clients))
+                    for client in clients or self._require_begun().awaited:
                         if not self._here(client):
                             self.away(client)
                 case server.Finish(survivors):
@@ -384,9 +384,9 @@ class MaskedSum:
                 case server.Fail(why, missed):
                     self._end(MaskingEnded(self.terms.number, why, missed))
 
-    def _late(self, step: Step) -> None:
+    def _late(self, step: Step, clients: tuple[str, ...]) -> None:
         if not self._over:
-            self._take(server.StepDeadline(step))
+            self._take(server.StepDeadline(step, clients))
 
     def _tell_all(self) -> None:
         self._changed.set()

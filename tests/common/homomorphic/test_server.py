@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,7 @@ from seqfed.common.homomorphic.messages import Circle, Encrypted, Opened, Ready,
 from seqfed.common.homomorphic.scheme import Form
 from seqfed.common.homomorphic.server import Added, Decrypted, Event, State, answer, begin, check_ready, on
 from seqfed.common.masking.messages import Done
-from seqfed.common.masking.server import Effect, Fail, Finish, Left, StartStep, Step, StepDeadline
+from seqfed.common.masking.server import Answer, Effect, Fail, Finish, Left, StartStep, Step, StepDeadline
 
 FORM = Form(TERMS)
 KEY, OTHER = b"k" * 32, b"o" * 32
@@ -52,7 +53,7 @@ def test_all_send_and_the_first_two_open() -> None:
     state, effects = follow(state, *added("abc"))
     assert (effects, answer(state, "a"), answer(state, "d")) == ([], None, Circle(tuple("abcd")))
     state, effects = follow(state, *added("d"))
-    assert StartStep(Step.OPENING) in effects
+    assert effects == [Answer(("a", "b")), StartStep(Step.OPENING, ("a", "b"))]
     assert [answer(state, name) for name in "abcd"] == [ToOpen(frozenset("abcd"))] * 2 + [None] * 2
     state, effects = follow(state, Decrypted("b", OPENED))
     assert (effects, answer(state, "b"), answer(state, "a")) == ([], None, ToOpen(frozenset("abcd")))
@@ -68,7 +69,7 @@ def test_who_sends_nothing_is_left_out_at_the_deadline() -> None:
         answer(state, "a")
     with pytest.raises(WrongRound, match="has no place for this message of client 'a'"):
         on(state, Added("a", Encrypted(DIGEST)))
-    assert StartStep(Step.OPENING) in effects
+    assert StartStep(Step.OPENING, ("b", "c")) in effects
 
 
 def test_too_few_end_it_by_name() -> None:
@@ -86,9 +87,10 @@ def test_too_few_end_it_by_name() -> None:
 def test_an_opener_that_leaves_or_is_late_is_followed_by_the_next() -> None:
     state, effects = follow(begun(), *added("abcd"), Left("a", "gone"))
     assert (state.openers, state.step) == (tuple("abc"), Step.OPENING)
-    state, effects = follow(state, Decrypted("c", OPENED), StepDeadline(Step.OPENING))
+    assert effects[-2:] == [Answer(("c",)), StartStep(Step.OPENING, ("c",))]
+    state, effects = follow(state, Decrypted("c", OPENED), StepDeadline(Step.OPENING, ("a", "b")))
     assert state.openers == tuple("abcd")
-    assert effects[-1] == StartStep(Step.OPENING)
+    assert effects == [Answer(("d",)), StartStep(Step.OPENING, ("d",))]
     assert answer(state, "d") == ToOpen(frozenset("abcd"))
     finished, effects = follow(state, Decrypted("b", OPENED))  # late, and right
     assert Finish(tuple("abcd")) in effects
@@ -98,6 +100,19 @@ def test_an_opener_that_leaves_or_is_late_is_followed_by_the_next() -> None:
     assert failed.why.endswith(
         "no 2 clients are left to open it; missing: a (gone), b (no answer in time), d (it refuses)"
     )
+
+
+def test_each_opener_has_the_time_of_a_step() -> None:
+    first = StepDeadline(Step.OPENING, ("a", "b"))
+    state, _ = follow(begun(), *added("abcd"), Decrypted("b", OPENED), Left("a", "gone"))
+    assert follow(state, first, StepDeadline(Step.MASKING)) == (state, [])  # c was asked later
+    assert answer(state, "c") == ToOpen(frozenset("abcd"))
+    late, effects = follow(state, StepDeadline(Step.OPENING, ("c",)))
+    assert (late.openers, late.left["c"]) == (tuple("abcd"), "no answer in time")
+    assert effects == [Answer(("d",)), StartStep(Step.OPENING, ("d",))]
+    assert follow(late, first, StepDeadline(Step.OPENING, ("c",))) == (late, [])
+    failed, _ = follow(late, StepDeadline(Step.OPENING, ("d",)))
+    assert failed.step is Step.FAILED
 
 
 def test_two_that_do_not_agree_are_both_named() -> None:
@@ -162,26 +177,35 @@ def test_messages_out_of_turn_change_nothing() -> None:
             on(state, Decrypted("a", wrong))
 
 
+def deadlines(effects: Iterable[Effect]) -> list[StepDeadline]:
+    return [StepDeadline(one.step, one.clients) for one in effects if isinstance(one, StartStep)]
+
+
 @given(st.data())
 def test_whatever_happens_it_ends_and_two_have_agreed_or_it_failed(data: st.DataObject) -> None:
-    state, effects = begun(), list[Effect]()
+    state, started = begin(TERMS, dict.fromkeys("abcd", Ready(KEY, FORM.agreed)))
+    effects, clocks = list(started), deadlines(started)
     for _ in range(40):
         client = data.draw(st.sampled_from("abcde"))
         events: list[Event] = [
             Added(client, Encrypted(DIGEST)),
             Decrypted(client, OPENED),
             Left(client, "gone"),
-            StepDeadline(state.step),
+            *clocks[:1],
         ]
         event = data.draw(st.sampled_from(events))
+        if isinstance(event, StepDeadline):
+            clocks.pop(0)
         try:
             state, found = on(state, event)
         except SeqfedError:
             continue
         effects += found
-    for _ in range(8):
-        state, found = on(state, StepDeadline(state.step))
+        clocks += deadlines(found)
+    while clocks:  # nobody says anything any more
+        state, found = on(state, clocks.pop(0))
         effects += found
+        clocks += deadlines(found)
     ends = [one for one in effects if isinstance(one, Finish | Fail)]
     assert len(ends) == 1
     if isinstance(ends[0], Finish):

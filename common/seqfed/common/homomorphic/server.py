@@ -1,7 +1,8 @@
 """The server's half of one encrypted sum, in the manner of `masking.server`, whose steps, effects and other events it shares.
 
 MASKING: everybody sends ciphertexts, which the server adds up. OPENING: two of those in the sum decrypt it, and must say the same
-to the bit; where one leaves or is late, the next is asked. Begun with those who have the same key; who has another is told.
+to the bit; where one leaves or is late, the next is asked, and has the time of a step from then on. Begun with those who have the
+same key; who has another is told.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def on(state: State, event: Event) -> Next:
                 return state, ()
             return _settle(replace(state, left={**state.left, event.client: event.why}))
         case StepDeadline():
-            return _deadline(state) if event.step is state.step <= Step.OPENING else (state, ())
+            return _deadline(state, event) if event.step is state.step <= Step.OPENING else (state, ())
         case _:
             raise IllegalTransition(f"{type(event).__name__} means nothing to an encrypted sum")
 
@@ -196,12 +197,11 @@ def _decrypted(state: State, event: Decrypted) -> Next:
     return _settle(replace(state, left=_without(state.left, client), opened=opened))
 
 
-def _deadline(state: State) -> Next:
+def _deadline(state: State, event: StepDeadline) -> Next:
     if state.step is Step.MASKING:
         return _conclude(state)
-    late = dict.fromkeys(state.awaited, "no answer in time")
-    later, effects = _settle(replace(state, left={**late, **state.left}))
-    return later, (*effects, StartStep(later.step)) if later.step is Step.OPENING else effects
+    late = {name: "no answer in time" for name in state.awaited if name in event.clients}
+    return _settle(replace(state, left={**state.left, **late}))
 
 
 def _settle(state: State) -> Next:
@@ -216,8 +216,7 @@ def _conclude(state: State) -> Next:
         told = {**dict.fromkeys(missed, "no answer in time"), **state.left}
         what = f"{len(state.added)} of {len(state.names)} clients are left, and it needs {state.terms.min_survivors}; missing: "
         return _fail(state, what + _told(missed, told), missed)
-    opening, effects = _open(replace(state, step=Step.OPENING))
-    return opening, (StartStep(Step.OPENING), *effects) if opening.step is Step.OPENING else effects
+    return _open(replace(state, step=Step.OPENING))
 
 
 def _open(state: State) -> Next:
@@ -235,7 +234,8 @@ def _open(state: State) -> Next:
     if len(at_it) + len(asked) < OPENERS:
         gone = tuple(name for name in state.openers if name in state.left)
         return _fail(state, f"no {OPENERS} clients are left to open it; missing: {_told(gone, state.left)}", gone)
-    return replace(state, openers=(*state.openers, *asked)), ((Answer(asked),) if asked else ())
+    begins = (Answer(asked), StartStep(Step.OPENING, asked)) if asked else ()
+    return replace(state, openers=(*state.openers, *asked)), begins
 
 
 def _fail(state: State, what: str, missed: tuple[str, ...]) -> Next:

@@ -142,9 +142,10 @@ class Left:
 
 @dataclass(frozen=True)
 class StepDeadline:
-    """The time for this step is over."""
+    """The time for this step is over; clients: of these, who were asked at once (see `StartStep`)."""
 
     step: Step
+    clients: tuple[str, ...] = ()
 
 
 Event = Shared | Masked | Confirming | Opened | Left | StepDeadline
@@ -161,9 +162,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class StartStep:
-    """Send StepDeadline for this step after the time that a step may take."""
+    """Send StepDeadline for this step, and these clients, after the time that a step may take. clients: who begins it now, where
+    not all members do.
+    """
 
     step: Step
+    clients: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
