@@ -321,7 +321,8 @@ def off_steps(
     flat, rate = initial_parameters(spec).flat, spec.training.learning_rate
     others, single = text(0, SEQUENCES - 1), text(99, 1, 2)
     alone = trained(spec_of(model=spec.model.model_dump()), single, flat).delta.astype(np.float64)
-    rows = np.concatenate([others.rows, single.rows]) if there else others.rows
+    tokens = [others.rows, single.rows] if there else [others.rows]
+    rows = np.concatenate([one.astype(np.int32, copy=False) for one in tokens])
     size = len(rows) // 13
     data = Sequences(rows, np.arange(size, dtype=np.int64) * 13, np.full(size, 12), target="next token")
     shop = Workshop("ward", Text(data, data))
