@@ -107,9 +107,8 @@ class Run:
     silent: tuple[str, ...] = ()  # of the pending: nothing has been heard of their work for too long
     missed: tuple[tuple[str, int, int], ...] = ()  # (client, rounds in a row, the round in which it may be asked again)
     times: tuple[float, ...] = ()  # seconds from the task to the update, of the last answers
-    secret: str = field(
-        default="", repr=False
-    )  # 32 bytes in hex, of a run with differential privacy: who is drawn, its noise
+    # 32 bytes in hex, of a run with differential privacy: who is drawn, and a tree's noise
+    secret: str = field(default="", repr=False)
     opened: int = 0  # masked sums of trainings that may have been opened and made no model
     took: tuple[tuple[str, int], ...] = ()  # (client, rounds it has been in), where that is limited
     clip: float = 0.0  # of the next round's updates, where it adapts; 0: the first
@@ -472,17 +471,17 @@ def _gather(spec: RunSpec, run: Run) -> Step:
 
 def _measure(spec: RunSpec, run: Run, pool: tuple[str, ...]) -> Step:
     """The step before the first round: everybody there, as far as one sum bears them, sums up its data."""
-    asked = _at_most(spec, run, pool, trained=False)
+    asked = _at_most(spec, run, pool)
     state = replace(_asking(run, Phase.MEASURING), attempt=run.attempt + 1, cohort=asked)
     return state, (StartDeadline(spec.cohort.deadline_s), Ask(state.cohort))
 
 
-def _at_most(spec: RunSpec, run: Run, names: Iterable[str], *, trained: bool) -> tuple[str, ...]:
-    """These, or as many of them, drawn uniformly, as one masked sum can be of."""
+def _at_most(spec: RunSpec, run: Run, names: Iterable[str]) -> tuple[str, ...]:
+    """These, or as many of them, drawn uniformly, as one masked sum of scores or statistics can be of."""
     found = sorted(names)
     if spec.privacy.secure_aggregation:
         draw = generator(spec.seed, run.round, run.attempt + 1, run.phase.value)
-        found = _sample(draw, found, most_clients(spec, trained=trained))
+        found = _sample(draw, found, most_clients(spec, trained=False))
     return tuple(sorted(found))
 
 
@@ -912,7 +911,7 @@ def _committed(spec: RunSpec, run: Run, event: ModelCommitted) -> Step:
     if not due or len(idle) < (spec.privacy.min_survivors if spec.privacy.secure_aggregation else 1):
         state, effects = _close(spec, run)
         return state, (*dismissed, *effects)
-    state = replace(_asking(run, Phase.EVALUATING), cohort=_at_most(spec, run, idle, trained=False))
+    state = replace(_asking(run, Phase.EVALUATING), cohort=_at_most(spec, run, idle))
     return state, (*dismissed, StartDeadline(spec.cohort.deadline_s), Ask(state.cohort))
 
 
